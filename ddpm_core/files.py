@@ -1,0 +1,305 @@
+from collections.abc import Mapping
+from dataclasses import asdict
+from ddpm_core import checks
+from ddpm_core.schedules import SCHEDULES, Schedule
+from ddpm_core.unet import UNet, UNetConfig
+from importlib import resources
+from pathlib import Path
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+from typing import Any
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import time
+import torch
+
+
+DIGEST = "sha256"
+
+
+def tensor_bytes(x: Tensor) -> bytes:
+    r"""The bytes of a tensor, row by row, whatever its device and memory format.
+
+    >>> tensor_bytes(torch.tensor([1, 256], dtype=torch.int16))
+    b'\x01\x00\x00\x01'
+    """
+    flat = x.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    r"""SHA-256 of names, dtypes, shapes and bytes, and of the metadata but for itself.
+
+    The order of the mappings does not matter. Returns 64 hexadecimal digits.
+
+    >>> digest({"x": torch.zeros(2)}, {}) == digest({"x": torch.zeros(2, 1)}, {})
+    False
+    """
+    rest = {k: v for k, v in sorted(metadata.items()) if k != DIGEST}
+    whole = hashlib.sha256(json.dumps(rest).encode())
+    for name, x in sorted(tensors.items()):
+        whole.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
+        whole.update(tensor_bytes(x))
+    return whole.hexdigest()
+
+
+def replace(temporary: Path, path: Path, tries: int = 5) -> None:
+    r"""Rename `temporary` to `path` in one step, waiting a little if `path` is in use.
+
+    Raises PermissionError when it is still in use at the last try.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     old, new = Path(folder, "old"), Path(folder, "new")
+    ...     _ = old.write_bytes(b"1")
+    ...     replace(old, new)
+    ...     old.exists(), new.read_bytes()
+    (False, b'1')
+    """
+    for left in range(tries - 1, -1, -1):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(0.1)
+
+
+def sync_folder(folder: Path) -> None:
+    r"""Bring the names in a folder to the disk, where the platform can do that.
+
+    >>> sync_folder(Path())
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    r"""Write a file whole or not at all: temporary name, sync, rename, sync the folder.
+
+    A crash leaves the file that was there before. The folder must exist; a temporary
+    file is removed when something fails. Raises OSError.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder, "note.txt"), b"done")
+    ...     [file.name for file in Path(folder).iterdir()]
+    ['note.txt']
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~current_umask())
+        replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def current_umask() -> int:
+    r"""The permissions that new files of this process go without.
+
+    Temporary files are private; a checkpoint should be as readable as any other file.
+
+    >>> 0 <= current_umask() <= 0o777
+    True
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def save_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    r"""Write tensors and strings as a safetensors file with a digest, atomically.
+
+    Returns the digest, stored under "sha256" in the metadata, which must not have
+    that key already. Raises TypeError, ValueError or OSError.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save_tensors(Path(folder, "a"), {"x": torch.ones(2)}, {"step": "7"})
+    ...     tensors, metadata = load_tensors(Path(folder, "a"))
+    >>> tensors["x"], metadata["step"]
+    (tensor([1., 1.]), '7')
+    """
+    strings = dict(metadata or {})
+    for name, x in tensors.items():
+        checks.tensor(f"tensors[{name!r}]", x, kind="any")
+    for key, value in strings.items():
+        if not isinstance(value, str) or key == DIGEST:
+            raise ValueError(f"metadata[{key!r}] must be a str, the key not {DIGEST!r}")
+    strings[DIGEST] = digest(tensors, strings)
+    plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    write_atomically(path, to_safetensors(plain, metadata=strings))
+    return strings[DIGEST]
+
+
+def read_tensors(
+    content: bytes, where: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    r"""Tensors and metadata of a file's bytes, its digest checked; `where` names it.
+
+    Raises ValueError if the bytes are no safetensors file, have no digest or another.
+
+    >>> read_tensors(b"no such thing", "somewhere")
+    Traceback (most recent call last):
+    ValueError: somewhere is no whole safetensors file: ...
+    """
+    try:
+        tensors = parse_safetensors(content)
+        (length,) = struct.unpack("<Q", content[:8])
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, struct.error, ValueError) as error:
+        raise ValueError(f"{where} is no whole safetensors file: {error}") from error
+    found, stored = digest(tensors, metadata), metadata.get(DIGEST)
+    if stored is None:
+        raise ValueError(f"{where} has no {DIGEST!r}: save_tensors did not write it")
+    if found != stored:
+        raise ValueError(f"{where} is damaged: {DIGEST} {found}, stored {stored}")
+    return tensors, metadata
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    r"""Read what `save_tensors` wrote: (tensors on the CPU, metadata).
+
+    Raises FileNotFoundError, or ValueError if the file is damaged or of another kind.
+
+    >>> load_tensors("no/such/file")
+    Traceback (most recent call last):
+    FileNotFoundError: ...
+    """
+    return read_tensors(Path(path).read_bytes(), str(path))
+
+
+def save_model(
+    path: str | Path, model: UNet, card: Mapping[str, Any]
+) -> dict[str, Any]:
+    r"""Write a network's weights to `path` (.safetensors) and its card beside it (.json).
+
+    `card` must hold "schedule" ({"name", "T"}) and "prediction"; "unet", "parameters"
+    and "sha256" are added. Returns the card written. Raises ValueError, OSError.
+
+    >>> from ddpm_core.unet import UNET_CONFIGS
+    >>> facts = {"schedule": {"name": "cosine", "T": 200}, "prediction": "eps"}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "m.safetensors")
+    ...     card = save_model(path, UNet(UNET_CONFIGS["digits"]), facts)
+    ...     load_model(path)[1].T
+    200
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors; got {str(path)!r}")
+    for key in ("schedule", "prediction"):
+        if key not in card:
+            raise ValueError(f"card must hold {key!r}; got {sorted(card)}")
+    count = sum(p.numel() for p in model.parameters())
+    whole = {**card, "unet": asdict(model.config), "parameters": count}
+    text = json.dumps({k: whole[k] for k in ("unet", "schedule", "prediction")})
+    whole[DIGEST] = save_tensors(path, model.state_dict(), {"model": text})
+    written = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path.with_suffix(".json"), written.encode())
+    return whole
+
+
+def build_model(
+    content: bytes, card: Mapping[str, Any], where: str, device: torch.device | str
+) -> tuple[UNet, Schedule, dict[str, Any]]:
+    r"""The network in `eval()` mode, the schedule and the card, from a file's bytes.
+
+    Raises ValueError if the bytes are damaged or are not those that the card is of.
+
+    >>> build_model(b"", {}, "somewhere", "cpu")
+    Traceback (most recent call last):
+    ValueError: somewhere is no whole safetensors file: ...
+    """
+    tensors, metadata = read_tensors(content, where)
+    if metadata[DIGEST] != card.get(DIGEST):
+        raise ValueError(
+            f"{where} has {DIGEST} {metadata[DIGEST]}, its card {card.get(DIGEST)}"
+        )
+    name = checks.one_of("schedule", card["schedule"]["name"], SCHEDULES)
+    schedule = SCHEDULES[name](card["schedule"]["T"])
+    model = UNet(UNetConfig(**card["unet"]))
+    model.load_state_dict(tensors)
+    return model.to(device).eval(), schedule_on(schedule, device), dict(card)
+
+
+def schedule_on(schedule: Schedule, device: torch.device | str) -> Schedule:
+    r"""The schedule on a device: float64, or float32 where the device has no float64.
+
+    >>> from ddpm_core.schedules import cosine
+    >>> schedule_on(cosine(10), "cpu").beta.dtype
+    torch.float64
+    """
+    has_none = torch.device(device).type == "mps"
+    return schedule.to(device, torch.float32 if has_none else None)
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[UNet, Schedule, dict[str, Any]]:
+    r"""Read what `save_model` wrote: (network in `eval()` mode, schedule, card).
+
+    Network and schedule lie on `device`. Raises FileNotFoundError or ValueError.
+
+    >>> load_model("no/such/file.safetensors")
+    Traceback (most recent call last):
+    FileNotFoundError: ...
+    """
+    path = Path(path)
+    content = path.read_bytes()
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return build_model(content, card, str(path), device)
+
+
+def pretrained() -> list[str]:
+    r"""The names that `load_pretrained` knows.
+
+    >>> "digits" in pretrained()
+    True
+    """
+    folder = resources.files("ddpm_core") / "weights"
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    return sorted(n.removesuffix(".safetensors") for n in names if ".safetensors" in n)
+
+
+def load_pretrained(
+    name: str, device: torch.device | str = "cpu"
+) -> tuple[UNet, Schedule, dict[str, Any]]:
+    r"""The weights of this name that ship with the package: (network, schedule, card).
+
+    The network is in `eval()` mode; it and the schedule lie on `device`. The card is a
+    dictionary: data, steps, seed, measured figures, licence. Raises ValueError for an
+    unknown name or a damaged file.
+
+    >>> model, schedule, card = load_pretrained("digits")
+    >>> card["prediction"], model.config.image_size
+    ('eps', 8)
+    """
+    checks.one_of("name", name, pretrained())
+    folder = resources.files("ddpm_core") / "weights"
+    content = (folder / f"{name}.safetensors").read_bytes()
+    card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return build_model(content, card, f"weights/{name}.safetensors", device)

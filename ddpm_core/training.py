@@ -1,0 +1,589 @@
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from ddpm_core import checks, data
+from ddpm_core.ema import EMA, ema_decay
+from ddpm_core.files import (
+    load_tensors,
+    save_model,
+    save_tensors,
+    schedule_on,
+    tensor_bytes,
+)
+from ddpm_core.losses import simple_loss
+from ddpm_core.process import PREDICTIONS
+from ddpm_core.schedules import SCHEDULES, Schedule
+from ddpm_core.unet import UNET_CONFIGS, UNet
+from pathlib import Path
+from torch import Tensor, nn
+from tqdm import tqdm
+from typing import Any, NamedTuple
+import argparse
+import hashlib
+import json
+import math
+import torch
+
+
+DECAYS = ("constant", "linear")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    r"""Everything that decides a training run, apart from model, schedule and data.
+
+    `steps` optimiser steps on batches of `batch_size`, each split into `accumulate`
+    parts; Adam with peak learning rate `lr`, reached after `warmup` steps, then
+    `decay` "constant" or "linear" (to 0 at the end); gradients clipped to norm
+    `clip_norm`; `ema_decay` None: from the run's length; `flip`: mirror half of the
+    images; `precision` None: by `choose_precision`. Raises TypeError or ValueError.
+
+    >>> TrainConfig(steps=100).learning_rate(50)
+    0.0002
+    """
+
+    steps: int
+    batch_size: int = 128
+    lr: float = 2e-4
+    warmup: int = 0
+    decay: str = "constant"
+    clip_norm: float = 1.0
+    ema_decay: float | None = None
+    accumulate: int = 1
+    flip: bool = False
+    prediction: str = "eps"
+    precision: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            checks.integer(name, getattr(self, name), low=1)
+        checks.integer("seed", self.seed)
+        checks.integer("warmup", self.warmup, low=0, high=self.steps)
+        checks.number("lr", self.lr, low=0.0)
+        checks.number("clip_norm", self.clip_norm, low=0.0)
+        checks.one_of("decay", self.decay, DECAYS)
+        checks.one_of("prediction", self.prediction, PREDICTIONS)
+        if self.precision is not None:
+            checks.one_of("precision", self.precision, PRECISIONS)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate = {self.accumulate} must divide "
+                f"batch_size = {self.batch_size}"
+            )
+
+    def learning_rate(self, k: int) -> float:
+        """The learning rate of step k = 1...steps, `eq-training-warmup`, `-decay`."""
+        if k <= self.warmup:
+            return self.lr * k / self.warmup
+        if self.decay == "constant":
+            return self.lr
+        return self.lr * (self.steps - k + 1) / (self.steps - self.warmup)
+
+
+def stream(seed: int, name: str, number: int) -> torch.Generator:
+    r"""A CPU generator that depends on these three alone: seed, stream, number.
+
+    The three are hashed, since generators seeded by neighbouring integers are no
+    guarantee of unrelated numbers, and 0 + 1 must not be 1 + 0.
+
+    >>> a, b = (torch.rand(1, generator=stream(0, "noise", k)).item() for k in (1, 2))
+    >>> a == torch.rand(1, generator=stream(0, "noise", 1)).item(), a == b
+    (True, False)
+    """
+    return torch.Generator().manual_seed(stream_seed(seed, name, number))
+
+
+def stream_seed(seed: int, name: str, number: int) -> int:
+    r"""63 bits of the SHA-256 of seed, stream and number.
+
+    >>> 0 <= stream_seed(0, "noise", 1) < 2**63
+    True
+    """
+    text = json.dumps([seed, name, number]).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def batch_indices(config: TrainConfig, step: int, n: int) -> Tensor:
+    r"""Which of `n` images are in the batch of `step` (counted from 1), int64 [B].
+
+    The epochs, each a permutation drawn from (seed, epoch), stand one after another;
+    a batch is the next `batch_size` of them and may reach from one into the next.
+
+    >>> first, second = (batch_indices(TrainConfig(9, 2), k, 4) for k in (1, 2))
+    >>> sorted(torch.cat([first, second]).tolist())
+    [0, 1, 2, 3]
+    """
+    checks.integer("step", step, low=1)
+    checks.integer("n", n, low=1)
+    start = (step - 1) * config.batch_size
+    stop = start + config.batch_size
+    orders = [
+        torch.randperm(n, generator=stream(config.seed, "order", epoch))
+        for epoch in range(start // n, (stop - 1) // n + 1)
+    ]
+    offset = start // n * n
+    return torch.cat(orders)[start - offset : stop - offset]
+
+
+class Draws(NamedTuple):
+    r"""The random numbers of one step: t int64 [B], eps [B, ...], flip bool [B].
+
+    >>> Draws._fields
+    ('t', 'eps', 'flip')
+    """
+
+    t: Tensor
+    eps: Tensor
+    flip: Tensor
+
+
+def draws(
+    config: TrainConfig, schedule: Schedule, step: int, shape: tuple[int, ...]
+) -> Draws:
+    r"""t, noise and flips of the whole batch of `step`, for samples of this shape.
+
+    Functions of (seed, step) and of the place in the batch alone: drawn on the CPU,
+    whatever the device and however the batch is split.
+
+    >>> from ddpm_core.schedules import linear
+    >>> draws(TrainConfig(9, 2), linear(), 1, (1, 8, 8)).eps.shape
+    torch.Size([2, 1, 8, 8])
+    """
+    checks.integer("step", step, low=1)
+    size, seed = config.batch_size, config.seed
+    t = torch.randint(1, schedule.T + 1, (size,), generator=stream(seed, "t", step))
+    eps = torch.randn(size, *shape, generator=stream(seed, "eps", step))
+    flip = torch.rand(size, generator=stream(seed, "flip", step)) < 0.5
+    return Draws(t, eps, flip & config.flip)
+
+
+def choose_precision(device: torch.device | str) -> str:
+    r"""The arithmetic of the forward pass: a rule, not a measurement.
+
+    "bf16" on CUDA where the GPU has it in hardware (compute capability 8.0), "fp16"
+    with loss scaling on older ones, "fp32" everywhere else.
+
+    >>> choose_precision("cpu")
+    'fp32'
+    """
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp16"
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    r"""Put every part of a model in training or evaluation mode, and back afterwards.
+
+    For use inside one step, never around a `yield`.
+
+    >>> layer = nn.Dropout(0.5)
+    >>> with mode(layer, training=False):
+    ...     print(layer.training)
+    False
+    >>> layer.training
+    True
+    """
+    before = [(part, part.training) for part in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for part, was in before:
+            part.training = was
+
+
+class Progress(NamedTuple):
+    r"""What `Trainer.steps` yields after each step.
+
+    `step` counts from 1; `loss` is the batch's mean; `losses` [B] and `t` [B] belong to
+    the samples (on the CPU); `grad_norm` is the gradient's before clipping.
+
+    >>> Progress._fields
+    ('step', 'loss', 'lr', 'grad_norm', 't', 'losses')
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    t: Tensor
+    losses: Tensor
+
+
+class Trainer:
+    r"""Algorithm 1 (Ho et al. 2020) with warm-up, clipping and EMA, step by step.
+
+    `images` [N, ...] in [-1, 1] may stay on the CPU; `schedule` and `model` are moved
+    to `device`. `for progress in trainer.steps()` trains; the averaged weights are in
+    `trainer.ema`, the number of steps done in `trainer.step`. Raises ValueError.
+
+    >>> from ddpm_core.schedules import cosine
+    >>> config = TrainConfig(steps=2, batch_size=4)
+    >>> model = UNet(UNET_CONFIGS["digits"], torch.Generator().manual_seed(0))
+    >>> trainer = Trainer(model, cosine(200), data.digits().images, config)
+    >>> [progress.step for progress in trainer.steps()]
+    [1, 2]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        images: Tensor,
+        config: TrainConfig,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        checks.tensor("images", images)
+        checks.between("images", images, -1, 1)
+        self.device = torch.device(device)
+        self.precision = config.precision or choose_precision(self.device)
+        self.model = model.to(self.device)
+        self.schedule = schedule_on(schedule, self.device)
+        self.images, self.config, self.step = images, config, 0
+        decay = config.ema_decay
+        self.ema = EMA(model, ema_decay(config.steps) if decay is None else decay)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=fused)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.precision == "fp16"
+        )
+
+    def steps(self) -> Iterator[Progress]:
+        """Train up to `config.steps`, yielding after each step; may be broken off."""
+        while self.step < self.config.steps:
+            yield self.one_step()
+
+    def one_step(self) -> Progress:
+        """One optimiser step: the gradient, clipped, the learning rate, Adam, EMA."""
+        k = self.step + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        with mode(self.model, training=True):
+            t, losses = self.accumulate(k)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        lr = self.config.learning_rate(k)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.ema.update(self.model)
+        self.step = k
+        losses = losses.float().cpu()
+        loss = losses.mean().item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {k} is {loss}: lower lr")
+        return Progress(k, loss, lr, float(norm), t, losses)
+
+    def accumulate(self, k: int) -> tuple[Tensor, Tensor]:
+        """Add up the gradient of step k over the parts of its batch; (t, losses)."""
+        config, losses = self.config, []
+        which = batch_indices(config, k, len(self.images))
+        drawn = draws(config, self.schedule, k, tuple(self.images.shape[1:]))
+        x_0 = self.images[which.to(self.images.device)]
+        mirror = drawn.flip.reshape(-1, *[1] * (x_0.ndim - 1)).to(x_0.device)
+        x_0 = torch.where(mirror, x_0.flip(-1), x_0)
+        parts = torch.arange(config.batch_size).chunk(config.accumulate)
+        with torch.random.fork_rng(self.cuda_devices()):
+            for place, part in enumerate(parts):
+                torch.manual_seed(stream_seed(config.seed, f"dropout {place}", k))
+                inputs = (x_0[part], drawn.t[part], drawn.eps[part])
+                loss = self.losses(*(x.to(self.device) for x in inputs))
+                share = self.scaler.scale(loss.sum() / config.batch_size)
+                torch.autograd.backward(share)
+                losses.append(loss.detach())
+        return drawn.t, torch.cat(losses)
+
+    def losses(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The loss of each sample, [B], in the precision that was chosen."""
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        kind = kinds.get(self.precision)
+        low = torch.autocast(self.device.type, kind) if kind else nullcontext()
+        with low:
+            return simple_loss(
+                self.model,
+                self.schedule,
+                x_0,
+                t,
+                eps,
+                prediction=self.config.prediction,
+            )
+
+    def cuda_devices(self) -> list[torch.device]:
+        """The devices, besides the CPU, whose generator dropout uses."""
+        return [self.device] if self.device.type == "cuda" else []
+
+
+def checkpoint_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    r"""Model, averaged weights and optimiser state as one flat dictionary of tensors.
+
+    >>> model = UNet(UNET_CONFIGS["digits"])
+    >>> trainer = Trainer(
+    ...     model, SCHEDULES["cosine"](200), torch.zeros(1, 1, 8, 8), TrainConfig(1)
+    ... )
+    >>> {name.split(".")[0] for name in checkpoint_tensors(trainer)} == {"model", "ema"}
+    True
+    """
+    found = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    found |= {f"ema.{k}": v for k, v in trainer.ema.state_dict().items()}
+    for place, state in trainer.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{place}.{k}": v for k, v in state.items()}
+    return found
+
+
+def checkpoint_facts(trainer: Trainer) -> dict[str, Any]:
+    r"""What must agree when a run is taken up again, and where it stands.
+
+    >>> model = UNet(UNET_CONFIGS["digits"])
+    >>> trainer = Trainer(
+    ...     model, SCHEDULES["cosine"](200), torch.zeros(1, 1, 8, 8), TrainConfig(1)
+    ... )
+    >>> checkpoint_facts(trainer)["step"]
+    0
+    """
+    schedule = trainer.schedule
+    return {
+        "step": trainer.step,
+        "config": asdict(trainer.config),
+        "precision": trainer.precision,
+        "schedule": {"name": schedule.name, "T": schedule.T},
+        "images": image_digest(trainer.images),
+        "scaler": trainer.scaler.state_dict(),
+    }
+
+
+def image_digest(images: Tensor) -> str:
+    r"""A short digest of a data set, to notice that a run goes on with another one.
+
+    >>> image_digest(torch.zeros(2)) == image_digest(torch.zeros(3))
+    False
+    """
+    return hashlib.sha256(tensor_bytes(images)).hexdigest()[:16]
+
+
+def save_checkpoint(path: str | Path, trainer: Trainer) -> None:
+    r"""Write all that is needed to go on, as one safetensors file, atomically.
+
+    Raises OSError. See `load_checkpoint`.
+
+    >>> save_checkpoint.__name__
+    'save_checkpoint'
+    """
+    facts = json.dumps(checkpoint_facts(trainer))
+    save_tensors(path, checkpoint_tensors(trainer), {"checkpoint": facts})
+
+
+def load_checkpoint(path: str | Path, trainer: Trainer) -> None:
+    r"""Put a trainer where another one was when it wrote `path`: bit for bit.
+
+    The trainer must have been built with the same config, schedule, data and precision.
+    Raises FileNotFoundError; ValueError if the file is damaged or of another run.
+
+    >>> load_checkpoint("no/such/file", None)
+    Traceback (most recent call last):
+    FileNotFoundError: ...
+    """
+    tensors, metadata = load_tensors(path)
+    if "checkpoint" not in metadata:
+        raise ValueError(f"{path} is no checkpoint: save_checkpoint did not write it")
+    facts, here = json.loads(metadata["checkpoint"]), checkpoint_facts(trainer)
+    for name in ("config", "precision", "schedule", "images"):
+        if facts[name] != here[name]:
+            raise ValueError(
+                f"{path} is of another run: its {name} is {facts[name]}, "
+                f"the trainer's {here[name]}"
+            )
+    trainer.model.load_state_dict(with_prefix(tensors, "model."))
+    trainer.ema.load_state_dict(with_prefix(tensors, "ema."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, x in with_prefix(tensors, "optimizer.").items():
+        place, key = name.split(".")
+        state.setdefault(int(place), {})[key] = x
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    trainer.scaler.load_state_dict(facts["scaler"])
+    trainer.step = facts["step"]
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    r"""The entries whose names begin with `prefix`, under their names without it.
+
+    >>> with_prefix({"a.x": torch.ones(1), "b.x": torch.ones(1)}, "a.").keys()
+    dict_keys(['x'])
+    """
+    cut = len(prefix)
+    return {k[cut:]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@torch.no_grad()
+def loss_per_bin(
+    model: nn.Module,
+    schedule: Schedule,
+    x_0: Tensor,
+    bins: int = 10,
+    *,
+    repeats: int = 1,
+    prediction: str = "eps",
+    seed: int = 0,
+) -> Tensor:
+    r"""Mean loss in each of `bins` equal ranges of t, float64 [bins] on the CPU.
+
+    Every image of x_0 [N, ...] is used once per bin and repeat, with a t drawn from the
+    bin; the draws depend on `seed` alone, so that two models see the same. The model
+    is in `eval()` mode meanwhile. Raises ValueError if `bins` does not divide T.
+
+    >>> from ddpm_core.schedules import linear
+    >>> model = UNet(UNET_CONFIGS["digits"])
+    >>> loss_per_bin(model, linear(), torch.zeros(4, 1, 8, 8), 2).shape
+    torch.Size([2])
+    """
+    checks.integer("bins", bins, low=1)
+    if schedule.T % bins:
+        raise ValueError(f"bins = {bins} must divide T = {schedule.T}")
+    width, means = schedule.T // bins, []
+    with mode(model, training=False):
+        for place in range(bins):
+            generator = stream(seed, "bin", place)
+            total = 0.0
+            for _ in range(repeats):
+                t = torch.randint(1, width + 1, (len(x_0),), generator=generator)
+                eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+                t = (t + place * width).to(x_0.device)
+                losses = simple_loss(
+                    model, schedule, x_0, t, eps, prediction=prediction
+                )
+                total += losses.double().mean().item()
+            means.append(total / repeats)
+    return torch.tensor(means, dtype=torch.float64)
+
+
+def read_data(name: str, config: str, folder: str | None) -> Tensor:
+    r"""The training images that the command's options name, of the network's size.
+
+    >>> read_data("digits", "digits", None).shape
+    torch.Size([1297, 1, 8, 8])
+    """
+    shape = UNET_CONFIGS[config]
+    side, channels = shape.image_size, shape.in_channels
+    if name == "digits":
+        images = data.digits("train").images
+    elif name == "folder":
+        if folder is None:
+            raise ValueError("data folder needs --folder PATH")
+        images = data.image_folder(folder, side, channels).images
+    elif name == "cifar10":
+        images = data.cifar10("train").images
+    else:
+        images = getattr(data, name)("train", side).images
+    if images.shape[1:] != (channels, side, side):
+        raise ValueError(
+            f"{name} has images of shape {tuple(images.shape[1:])}, network {config!r} "
+            f"is for {(channels, side, side)}"
+        )
+    return images
+
+
+def parser() -> argparse.ArgumentParser:
+    r"""The options of `python -m ddpm_core.training`.
+
+    >>> parser().parse_args(["out"]).data
+    'digits'
+    """
+    options = argparse.ArgumentParser(
+        prog="python -m ddpm_core.training",
+        description="Train a diffusion model; run it again to go on after a break.",
+    )
+    add, names = options.add_argument, ("fashion_mnist", "mnist", "cifar10", "folder")
+    add("out", type=Path, help="folder for checkpoint.safetensors and the weights")
+    add("--data", choices=("digits", *names), default="digits")
+    add("--folder", help="your images, for --data folder")
+    add("--network", choices=sorted(UNET_CONFIGS), default="digits")
+    add("--schedule", choices=sorted(SCHEDULES), default="cosine")
+    add("--T", type=int, default=1000, help="number of diffusion steps")
+    add("--steps", type=int, default=10_000, help="number of optimiser steps")
+    add("--batch-size", type=int, default=128)
+    add("--accumulate", type=int, default=1, help="split each batch in so many parts")
+    add("--lr", type=float, default=2e-4)
+    add("--warmup", type=int, default=500)
+    add("--decay", choices=DECAYS, default="constant")
+    add("--flip", action="store_true", help="mirror half of the images")
+    add("--prediction", choices=PREDICTIONS, default="eps")
+    add("--precision", choices=PRECISIONS, help="default: by the device")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--save-every", type=int, default=1000, help="steps between two checkpoints")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    r"""The command `python -m ddpm_core.training`: train, or go on, and save.
+
+    Writes OUT/checkpoint.safetensors on the way and OUT/model.safetensors with its card
+    at the end. A progress bar appears where a person watches.
+
+    >>> main(["--help"])
+    Traceback (most recent call last):
+    SystemExit: 0
+    """
+    options = parser().parse_args(arguments)
+    settings = {f.name for f in fields(TrainConfig)} & vars(options).keys()
+    config = TrainConfig(**{name: getattr(options, name) for name in settings})
+    images = read_data(options.data, options.network, options.folder)
+    start = stream(config.seed, "weights", 0)
+    model = UNet(UNET_CONFIGS[options.network], start)
+    schedule = SCHEDULES[options.schedule](options.T)
+    trainer = Trainer(model, schedule, images, config, options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = options.out / "checkpoint.safetensors"
+    if checkpoint.exists():
+        load_checkpoint(checkpoint, trainer)
+    print(f"{trainer.precision} on {trainer.device}, from step {trainer.step}")
+    watch(trainer, checkpoint, options.save_every)
+    with trainer.ema.swapped(model):
+        card = save_model(options.out / "model.safetensors", model, facts(trainer))
+    print(f"saved {card['parameters']} averaged weights after {trainer.step} steps")
+
+
+def watch(trainer: Trainer, checkpoint: Path, every: int) -> None:
+    r"""Train to the end, with a progress bar on a terminal, saving now and then.
+
+    Interrupting it (Ctrl-C) saves first. Raises OSError.
+
+    >>> watch.__name__
+    'watch'
+    """
+    total, smooth = trainer.config.steps, None
+    with tqdm(total=total, initial=trainer.step, disable=None) as bar:
+        try:
+            for progress in trainer.steps():
+                before = progress.loss if smooth is None else smooth
+                smooth = 0.99 * before + 0.01 * progress.loss
+                bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+                bar.update()
+                if progress.step % every == 0:
+                    save_checkpoint(checkpoint, trainer)
+        finally:
+            save_checkpoint(checkpoint, trainer)
+
+
+def facts(trainer: Trainer) -> dict[str, Any]:
+    r"""What a card says about a run, without the figures that are measured later.
+
+    >>> facts.__name__
+    'facts'
+    """
+    schedule, config = trainer.schedule, trainer.config
+    return {
+        "schedule": {"name": schedule.name, "T": schedule.T},
+        "prediction": config.prediction,
+        "training": {
+            **asdict(config),
+            "precision": trainer.precision,
+            "ema_decay": trainer.ema.decay,
+            "steps_done": trainer.step,
+            "images": list(trainer.images.shape),
+        },
+    }

@@ -1,0 +1,462 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ddpm_core import checks
+from torch import Tensor, nn
+import math
+import torch
+import torch.nn.functional as F
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    r"""Sinusoidal embedding of a position: sines, then cosines.
+
+    Implements `eq-unet-embedding` (Vaswani et al. 2017, 3.5, as used by Ho et al.
+    2020) with the frequencies of `eq-unet-frequency`. `t`: [B], any number
+    (the paper's network counts from 0); `dim`: even, at least 4. Returns [B, dim],
+    float64 for a float64 `t`, else float32. Raises ValueError for an odd `dim`.
+
+    >>> timestep_embedding(torch.tensor([0]), 4)
+    tensor([[0., 0., 1., 1.]])
+    """
+    checks.tensor("t", t, ndim=1, kind="any")
+    checks.integer("dim", dim, low=4)
+    checks.number("max_period", max_period, low=1.0)
+    if dim % 2:
+        raise ValueError(f"dim = {dim} must be even: half sines, half cosines")
+    dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
+    index = torch.arange(dim // 2, dtype=dtype, device=t.device)
+    frequency = torch.exp(-math.log(max_period) * index / (dim // 2 - 1))
+    angle = t.to(dtype)[:, None] * frequency[None, :]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+EPS = 1e-6  # of every GroupNorm, as in DDPM; PyTorch's default is 1e-5
+CLOSING = ("conv_2", "out", "conv_out")  # the layers that close a branch: start at 0
+
+
+def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    r"""Draw every weight anew: uniform `eq-unet-xavier`, biases 0, closing layers 0.
+
+    Ho et al. 2020, reference code (which has 1e-10 for our 0). GroupNorms are left at
+    scale 1, shift 0. `generator`: on the weights' device; None: torch's global one.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> initialise(layer)
+    >>> bool((layer.weight.abs() <= (6 / 5) ** 0.5).all())
+    True
+    """
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+        if name.split(".")[-1] in CLOSING:
+            nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class ResidualBlock(nn.Module):
+    r"""GroupNorm, SiLU, conv; + time; GroupNorm, SiLU, dropout, conv; + shortcut.
+
+    Implements `eq-unet-residual` (He et al. 2016; Ho et al. 2020, B). The shortcut is
+    a 1x1 convolution where the width changes. `x`: [B, in_channels, H, W];
+    `embedding`: [B, time_channels]. Returns [B, out_channels, H, W].
+
+    >>> block = ResidualBlock(8, 16, time_channels=32, groups=4)
+    >>> block(torch.zeros(2, 8, 5, 5), torch.zeros(2, 32)).shape
+    torch.Size([2, 16, 5, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_channels: int,
+        dropout: float = 0.0,
+        groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(groups, in_channels, eps=EPS)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_channels, out_channels)
+        self.norm_2 = nn.GroupNorm(groups, out_channels, eps=EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        initialise(self)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The block's output, as wide as out_channels."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = h + self.time(F.silu(embedding))[:, :, None, None]
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        y: Tensor = self.shortcut(x) + h
+        return y
+
+
+class SelfAttention(nn.Module):
+    r"""Every place of a feature map looks at every place: x + out(attention(norm(x))).
+
+    Implements `eq-unet-attention` (Vaswani et al. 2017, equation 1) over the H W places
+    of an image, with `heads` heads of `channels / heads` channels each (DDPM: one).
+    `x`: [B, channels, H, W]; returns the same shape.
+
+    >>> SelfAttention(8, groups=4)(torch.zeros(2, 8, 3, 5)).shape
+    torch.Size([2, 8, 3, 5])
+    """
+
+    def __init__(self, channels: int, heads: int = 1, groups: int = 32) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+        initialise(self)
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """[B, N, C] to [B, heads, N, C / heads]."""
+        batch, places, channels = tokens.shape
+        parts = tokens.reshape(batch, places, self.heads, channels // self.heads)
+        return parts.transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map with what each place has gathered added to it."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q = self.split(self.query(tokens))
+        k = self.split(self.key(tokens))
+        v = self.split(self.value(tokens))
+        gathered = F.scaled_dot_product_attention(q, k, v)
+        y: Tensor = self.out(gathered.transpose(1, 2).flatten(2))
+        return x + y.transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    r"""Halve the side: pad right and bottom by one, 3x3 convolution of stride 2.
+
+    The side follows `eq-unet-conv-size`; the one-sided padding is that of the paper's
+    code (TensorFlow's SAME). `x`: [B, channels, H, W], H and W even.
+
+    >>> Downsample(8)(torch.zeros(2, 8, 6, 4)).shape
+    torch.Size([2, 8, 3, 2])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map at half the side."""
+        y: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return y
+
+
+class Upsample(nn.Module):
+    r"""Double the side: repeat every pixel 2x2 times, then a 3x3 convolution.
+
+    Nearest neighbour first, as in Ho et al. 2020's code. `x`: [B, channels, H, W].
+
+    >>> Upsample(8)(torch.zeros(2, 8, 3, 2)).shape
+    torch.Size([2, 8, 6, 4])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map at twice the side."""
+        y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return y
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    r"""The shape of a U-Net; the defaults are DDPM's for CIFAR-10 (Ho et al. 2020, B).
+
+    `image_size`: side of the square images; level i works at `image_size / 2**i`
+    with `channels * channel_mult[i]` channels and `blocks` residual blocks (one
+    more on the way up). `attention`: the sides at which blocks are followed by
+    self-attention. `groups`: of every GroupNorm. Raises ValueError where a side
+    cannot be halved or groups or heads do not divide the channels.
+
+    >>> UNetConfig(image_size=28, in_channels=1, out_channels=1, attention=(7,),
+    ...            channels=32, channel_mult=(1, 2, 2)).sides
+    (28, 14, 7)
+    """
+
+    image_size: int
+    in_channels: int
+    out_channels: int
+    channels: int = 128
+    channel_mult: Sequence[int] = (1, 2, 2, 2)
+    blocks: int = 2
+    attention: Sequence[int] = (16,)
+    heads: int = 1
+    dropout: float = 0.0
+    groups: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        object.__setattr__(self, "attention", tuple(self.attention))
+        check_numbers(self)
+        check_sides(self)
+        check_channels(self)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The side of the feature maps, level by level."""
+        return tuple(self.image_size >> i for i in range(len(self.channel_mult)))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The number of channels, level by level."""
+        return tuple(self.channels * m for m in self.channel_mult)
+
+
+def check_numbers(config: UNetConfig) -> None:
+    r"""Raise TypeError or ValueError where a number of the config is impossible.
+
+    >>> check_numbers(UNET_CONFIGS["cifar10"])
+    """
+    for name in ("image_size", "in_channels", "out_channels", "blocks", "heads"):
+        checks.integer(name, getattr(config, name), low=1)
+    checks.integer("channels", config.channels, low=4)
+    checks.integer("groups", config.groups, low=1)
+    checks.number("dropout", config.dropout, low=0.0, high=1.0)
+    if not config.channel_mult:
+        raise ValueError("channel_mult is empty: it needs one integer a level")
+    for multiple in config.channel_mult:
+        checks.integer("channel_mult", multiple, low=1)
+    for side in config.attention:
+        checks.integer("attention", side, low=1)
+
+
+def check_sides(config: UNetConfig) -> None:
+    r"""Raise ValueError if a side cannot be halved, or attention has no such side.
+
+    >>> check_sides(UNET_CONFIGS["cifar10"])
+    """
+    factor = 2 ** (len(config.channel_mult) - 1)
+    if config.image_size % factor:
+        raise ValueError(
+            f"image_size = {config.image_size} cannot be halved "
+            f"{len(config.channel_mult) - 1} times: it must be a multiple of {factor}"
+        )
+    unknown = [side for side in config.attention if side not in config.sides]
+    if unknown:
+        raise ValueError(
+            f"attention = {config.attention} names {unknown}, but the levels have "
+            f"sides {config.sides}"
+        )
+
+
+def check_channels(config: UNetConfig) -> None:
+    r"""Raise ValueError if groups, heads or the embedding do not fit the channels.
+
+    >>> check_channels(UNET_CONFIGS["cifar10"])
+    """
+    if config.channels % 2:
+        raise ValueError(
+            f"channels = {config.channels} must be even: half of the timestep "
+            "embedding are sines, half cosines"
+        )
+    if config.channels % config.groups:
+        raise ValueError(
+            f"groups = {config.groups} must divide channels = {config.channels}"
+        )
+    attending = zip(config.sides, config.widths, strict=True)
+    widths = [width for side, width in attending if side in config.attention]
+    for width in (*widths, config.widths[-1]):
+        if width % config.heads:
+            raise ValueError(
+                f"heads = {config.heads} must divide the {width} channels that attend"
+            )
+
+
+class Stage(nn.Module):
+    r"""A residual block, followed by self-attention where the level attends.
+
+    `x`: [B, in_channels, H, W]; `embedding`: [B, 4 * config.channels].
+
+    >>> stage = Stage(UNET_CONFIGS["cifar10"], 128, 256, attend=True)
+    >>> stage(torch.zeros(1, 128, 4, 4), torch.zeros(1, 512)).shape
+    torch.Size([1, 256, 4, 4])
+    """
+
+    def __init__(
+        self, config: UNetConfig, in_channels: int, out_channels: int, attend: bool
+    ) -> None:
+        super().__init__()
+        self.block = ResidualBlock(
+            in_channels,
+            out_channels,
+            4 * config.channels,
+            dropout=config.dropout,
+            groups=config.groups,
+        )
+        self.attention: nn.Module = nn.Identity()
+        if attend:
+            self.attention = SelfAttention(out_channels, config.heads, config.groups)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The block's output, with attention where the level attends."""
+        y: Tensor = self.attention(self.block(x, embedding))
+        return y
+
+
+def skip_widths(config: UNetConfig) -> list[int]:
+    r"""Channels of the maps that the contracting path leaves behind, in order.
+
+    >>> skip_widths(UNET_CONFIGS["cifar10"])
+    [128, 128, 128, 128, 256, 256, 256, 256, 256, 256, 256, 256]
+    """
+    widths = [config.channels]  # the first convolution
+    for width in config.widths:
+        widths += [width] * (config.blocks + 1)  # the blocks and the downsampling
+    return widths[:-1]  # the last level is not followed by one
+
+
+def contracting_path(config: UNetConfig) -> nn.ModuleList:
+    r"""The levels on the way down: each a list of `blocks` stages.
+
+    >>> [len(level) for level in contracting_path(UNET_CONFIGS["digits"])]
+    [2, 2]
+    """
+    levels, width = nn.ModuleList(), config.channels
+    for side, out in zip(config.sides, config.widths, strict=True):
+        level = nn.ModuleList()
+        for _ in range(config.blocks):
+            level.append(Stage(config, width, out, attend=side in config.attention))
+            width = out
+        levels.append(level)
+    return levels
+
+
+def expanding_path(config: UNetConfig) -> nn.ModuleList:
+    r"""The levels on the way up: `blocks + 1` stages each, one a skip.
+
+    >>> [len(level) for level in expanding_path(UNET_CONFIGS["digits"])]
+    [3, 3]
+    """
+    levels, width, skips = nn.ModuleList(), config.widths[-1], skip_widths(config)
+    for side, out in zip(config.sides[::-1], config.widths[::-1], strict=True):
+        level = nn.ModuleList()
+        for _ in range(config.blocks + 1):
+            attend = side in config.attention
+            level.append(Stage(config, width + skips.pop(), out, attend=attend))
+            width = out
+        levels.append(level)
+    return levels
+
+
+class UNet(nn.Module):
+    r"""DDPM's network (Ho et al. 2020, B): noisy images and t to an output like them.
+
+    `x`: [B, in_channels, image_size, image_size], floating; `t`: int64 [B], 1...T.
+    `generator`: draws the first weights (None: torch's global one). The paper's
+    network counts steps from 0; the conversion t - 1 is made here and nowhere else.
+    Raises ValueError for another size, for t < 1 or a t of another length.
+
+    >>> model = UNet(UNET_CONFIGS["digits"])
+    >>> model(torch.zeros(2, 1, 8, 8), torch.tensor([1, 1000])).abs().max().item()
+    0.0
+    """
+
+    def __init__(
+        self, config: UNetConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        first, last, time = config.channels, config.widths[-1], 4 * config.channels
+        self.time = nn.Sequential(
+            nn.Linear(first, time), nn.SiLU(), nn.Linear(time, time)
+        )
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.down = contracting_path(config)
+        self.downsample = nn.ModuleList(map(Downsample, config.widths[:-1]))
+        self.middle_1 = Stage(config, last, last, attend=True)
+        self.middle_2 = Stage(config, last, last, attend=False)
+        self.up = expanding_path(config)
+        self.upsample = nn.ModuleList(map(Upsample, config.widths[:0:-1]))
+        self.norm_out = nn.GroupNorm(config.groups, first, eps=EPS)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+        initialise(self, generator)
+
+    def contract(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+        """Every map that the way down produces; the last one is the smallest."""
+        maps: list[Tensor] = [self.conv_in(x)]
+        for i, level in enumerate(self.down):
+            if i > 0:
+                maps.append(self.downsample[i - 1](maps[-1]))
+            for stage in level.children():
+                maps.append(stage(maps[-1], embedding))
+        return maps
+
+    def expand(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+        """Back to the full side; every stage takes the last skip still there."""
+        for i, level in enumerate(self.up):
+            if i > 0:
+                h = self.upsample[i - 1](h)
+            for stage in level.children():
+                h = stage(torch.cat([h, skips.pop()], dim=1), embedding)
+        return h
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The output for noisy images x at steps t: [B, out_channels, side, side]."""
+        side = self.config.image_size
+        checks.tensor("x", x, shape=(None, self.config.in_channels, side, side))
+        checks.tensor("t", t, shape=(x.shape[0],), kind="integer")
+        checks.between("t", t, 1, math.inf)
+        checks.same_device("x", x, "t", t)
+        position = timestep_embedding(t - 1, self.config.channels)
+        embedding = self.time(position.to(x.dtype))
+        skips = self.contract(x, embedding)
+        h = self.middle_2(self.middle_1(skips[-1], embedding), embedding)
+        h = self.expand(h, skips, embedding)
+        y: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return y
+
+
+UNET_CONFIGS = {
+    # 8x8 digits: fast enough to train inside a chapter
+    "digits": UNetConfig(
+        image_size=8,
+        in_channels=1,
+        out_channels=1,
+        channels=32,
+        channel_mult=(1, 2),
+        attention=(4,),
+        groups=8,
+    ),
+    # 28x28: three levels, 28 / 14 / 7
+    "fashion28": UNetConfig(
+        image_size=28,
+        in_channels=1,
+        out_channels=1,
+        channels=64,
+        channel_mult=(1, 2, 2),
+        attention=(14,),
+    ),
+    # 28x28 padded to 32x32: four levels, as for CIFAR-10 but half as wide
+    "fashion32": UNetConfig(
+        image_size=32,
+        in_channels=1,
+        out_channels=1,
+        channels=64,
+        channel_mult=(1, 2, 2, 2),
+    ),
+    # the paper's two
+    "cifar10": UNetConfig(image_size=32, in_channels=3, out_channels=3, dropout=0.1),
+    "lsun256": UNetConfig(
+        image_size=256,
+        in_channels=3,
+        out_channels=3,
+        channel_mult=(1, 1, 2, 2, 4, 4),
+    ),
+}

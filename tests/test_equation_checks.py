@@ -1,0 +1,67 @@
+"""Every labelled equation has a check, and every check passes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import equations as tool
+from chapters import BookError, Cell
+
+CHAPTERS = tool.load_all()
+
+
+def test_no_label_without_a_check():
+    assert list(tool.problems(CHAPTERS)) == []
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda c: c.name)
+def test_checks_pass(chapter):
+    assert tool.run_checks(chapter) == []
+
+
+def test_definitions_are_those_of_the_notation_page():
+    """A label `def-...` needs no check, so it must not become a way around one."""
+    notation = (tool.ROOT / "book" / "notation.md").read_text(encoding="utf-8")
+    for page in tool.book.pages():
+        for label, _ in tool.book.labelled(tool.book.prose(page)):
+            if label.startswith("def-"):
+                assert f"`{label}`" in notation, f"{label} is not on the notation page"
+
+
+def cell(id, source, *tags):
+    return Cell("a.ipynb", id, "code", source, frozenset(tags), "")
+
+
+def test_needed_takes_only_the_checks_a_check_builds_on():
+    cells = [
+        cell("1", "import math", "setup"),
+        cell("2", "# checks: eq-a-one\nbase = 1\nassert base", "check"),
+        cell("3", "# checks: eq-a-two\nassert 2", "check"),
+        cell("4", "# checks: eq-a-three\nassert base == 1", "check"),
+    ]
+    assert [c.id for c in tool.needed(cells, "eq-a-three")] == ["1", "2", "4"]
+
+
+def test_another_check_may_fail_on_the_way_to_a_mutant():
+    cells = [
+        cell("1", "# checks: eq-a-one\nbase = 1\nassert False", "check"),
+        cell("2", "# checks: eq-a-two\nassert base == 2", "check"),
+    ]
+    with pytest.raises(AssertionError):
+        tool.execute(cells, "eq-a-two")
+    tool.execute(cells[:1], "eq-a-two")
+    with pytest.raises(AssertionError):
+        tool.execute(cells[:1])
+
+
+def test_a_check_must_name_its_equation():
+    with pytest.raises(BookError, match="the first line must be"):
+        tool.checked_by(cell("1", "assert True", "check"))
+
+
+def test_a_mutant_must_stand_exactly_once():
+    slip = tool.Mutant("book/workshop/equations.ipynb", "eq-a-b", "import", "export")
+    with pytest.raises(BookError, match="not once"):
+        tool.mutated(slip)

@@ -1,0 +1,111 @@
+"""Build the book, then run every test in one pytest process; print the minutes.
+
+python tools/run_tests.py [more pytest arguments]
+"""
+
+import sys
+import time
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import build
+from chapters import ROOT
+
+PLANNED = {
+    "install": 3.0,
+    "build": 1.0,
+    "unit tests": 5.0,
+    "checks and mutants": 2.0,
+    "chapters": 11.0,
+    "site": 6.0,
+}
+OPTIONAL = ("gpu", "network", "data")
+
+
+def group_of(nodeid: str) -> str:
+    """The row of the table that a test belongs to."""
+    if ".ipynb" in nodeid:
+        return "chapters"
+    if nodeid.startswith("tests/site"):
+        return "site"
+    if nodeid.startswith(("tests/test_mutants", "tests/test_equation_checks")):
+        return "checks and mutants"
+    return "unit tests"
+
+
+class Minutes:
+    """Measures the groups of tests and says what was deselected."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = defaultdict(float, seconds)
+        self.chapters: dict[str, float] = defaultdict(float)
+        self.deselected: dict[str, int] = defaultdict(int)
+        self.over: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[group_of(report.nodeid)] += report.duration
+        if ".ipynb" in report.nodeid:
+            self.chapters[report.nodeid.split("::")[0]] += report.duration
+
+    def pytest_deselected(self, items: list[Any]) -> None:
+        for item in items:
+            for marker in OPTIONAL:
+                self.deselected[marker] += item.get_closest_marker(marker) is not None
+
+    def budget(self) -> list[str]:
+        """Chapters over their share; three times over is a failure."""
+        with (ROOT / "tests" / "budget.toml").open("rb") as file:
+            shares = tomllib.load(file)["seconds"]
+        lines = []
+        for chapter, seconds in self.chapters.items():
+            share = shares.get(chapter, shares["default"])
+            if seconds > share:
+                lines.append(
+                    f"over budget: {chapter} took {seconds:.0f} s of {share} s"
+                )
+            if seconds > 3 * share:
+                self.over.append(chapter)
+        return lines
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        write = terminalreporter.write_line
+        terminalreporter.section("minutes: measured beside planned")
+        for name, planned in PLANNED.items():
+            write(f"{name:20} {self.seconds[name] / 60:5.1f} {planned:5.1f}")
+        total = sum(self.seconds[name] for name in PLANNED)
+        write(f"{'all':20} {total / 60:5.1f} {sum(PLANNED.values()):5.1f}")
+        for line in self.budget():
+            write(line)
+        parts = [f"{self.deselected[m]} by -m {m}" for m in OPTIONAL]
+        write(f"not run here: {', '.join(parts)}; to run them: pytest -m MARKER")
+
+
+def install_seconds() -> float:
+    """How long `make` took to install, as it noted."""
+    noted = ROOT / ".venv" / ".install-seconds"
+    return float(noted.read_text(encoding="utf-8")) if noted.exists() else 0.0
+
+
+def main() -> int:
+    start = time.perf_counter()
+    if build.build():
+        return 1
+    seconds = {"install": install_seconds(), "build": time.perf_counter() - start}
+    minutes = Minutes(seconds)
+    units = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
+    order = ["ddpm_core", *units, "book", "tests/site"]
+    arguments = ["--doctest-modules", "--nbval", "-q", f"--rootdir={ROOT}", *order]
+    code = pytest.main([*arguments, *sys.argv[1:]], plugins=[minutes])
+    if minutes.over:
+        print(f"three times over budget: {', '.join(minutes.over)}")
+        return 1
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
