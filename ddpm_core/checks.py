@@ -7,7 +7,7 @@ import torch
 
 
 def can_look(x: Tensor) -> bool:
-    r"""Whether the values of `x` may be looked at: an ordinary CPU tensor, not compiling.
+    r"""Whether the values of `x` may be looked at: a plain CPU tensor, not compiling.
 
     Fake and meta tensors have no values, a look at an accelerator's tensor makes the
     program wait for it, and a look inside `torch.compile` breaks the graph.
@@ -163,7 +163,7 @@ def finite(name: str, x: Tensor) -> None:
 
 
 def between(name: str, x: Tensor, low: float, high: float) -> None:
-    r"""Check that each element of `x` lies in [low, high], NaN never (where `can_look`).
+    r"""Check that each element of `x` lies in [low, high], no NaN (where `can_look`).
 
     >>> between("alpha_bar", torch.tensor([1.0, 0.5]), 0, 1)
     """

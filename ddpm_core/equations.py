@@ -23,12 +23,10 @@ def equations() -> dict[str, str]:
 
 
 GREEK = (
-    "alpha beta gamma delta epsilon varepsilon eta theta lambda mu nu xi pi rho "
-    "sigma tau phi varphi psi omega Sigma Delta Lambda"
-).split()
-LETTER = (
-    r"\\(?:" + "|".join(GREEK) + r")(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])"
+    r"alpha|beta|gamma|delta|epsilon|varepsilon|eta|theta|lambda|mu|nu|xi|pi|rho|"
+    r"sigma|tau|phi|varphi|psi|omega|Sigma|Delta|Lambda"
 )
+LETTER = rf"\\(?:{GREEK})(?![a-zA-Z])|(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])"
 SYMBOL = re.compile(
     rf"(?:\\(?P<accent>bar|tilde|hat)\s*(?:\{{\s*(?P<inner>{LETTER})\s*\}}|"
     rf"(?P<under>{LETTER}))|(?P<base>{LETTER}))"
@@ -87,6 +85,7 @@ def symbol(name: str) -> sympy.Expr:
     )
 
 
+@functools.cache
 def parse(text: str) -> sympy.Expr:
     r"""One piece of algebra in TeX, as a SymPy expression.
 

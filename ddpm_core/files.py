@@ -220,7 +220,8 @@ def save_model(
     whole[DIGEST] = save_tensors(path, model.state_dict(), {"model": text})
     written = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path.with_suffix(".json"), written.encode())
-    return whole
+    read: dict[str, Any] = json.loads(written)
+    return read
 
 
 def build_model(

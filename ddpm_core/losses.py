@@ -39,13 +39,16 @@ def kl_term(p: Tensor, q: Tensor) -> Tensor:
     _check_at_least_zero("q", q)
     occurs, total = p > 0, p + q
     p_safe, q_safe = torch.where(occurs, p, 1.0), torch.where(occurs, q, 1.0)
-    far = q - p + torch.where(occurs, p * (p_safe.log() - q_safe.log()), 0.0)
     s = (q - p) / torch.where(total > 0, total, 1.0)
+    close = s.abs() < 0.5
+    log_ratio = q_safe.log() - p_safe.log()  # log(q/p), by atanh where they are close
+    log_ratio = torch.where(close, 2 * torch.where(close, s, 0.0).atanh(), log_ratio)
+    plain = q - p - torch.where(occurs, p * log_ratio, 0.0)
     near = s.abs() < 0.05
     s = torch.where(near, s, 0.0)
     rest = 1 / 5 + s**2 * (1 / 7 + s**2 * (1 / 9 + s**2 * (1 / 11 + s**2 / 13)))
     series = s * (q - p) - 2 * p * s**3 * (1 / 3 + s**2 * rest)
-    return torch.where(near, series, far)
+    return torch.where(near, series, plain)
 
 
 def _check_probabilities(name: str, p: Tensor, dim: int) -> None:
@@ -119,7 +122,7 @@ def kl_normal(
     _check_positive("variance_1", variance_1)
     _check_positive("variance_2", variance_2)
     spread = kl_term(variance_2, variance_1) / variance_2
-    return 0.5 * (spread + ((mean_1 - mean_2) / variance_2.sqrt()) ** 2)
+    return 0.5 * (spread + ((mean_1 - mean_2) / variance_2.sqrt()).square())
 
 
 def _cholesky(name: str, covariance: Tensor) -> Tensor:
@@ -129,6 +132,7 @@ def _cholesky(name: str, covariance: Tensor) -> Tensor:
         gap = (covariance - covariance.mT).abs().max().item()
         if gap > 1e-5 * covariance.abs().max().item():
             raise ValueError(f"{name} must be symmetric; entries differ by {gap:.2g}")
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(covariance)
     if checks.can_look(info) and bool(info.any()):
         raise ValueError(f"{name} must be positive definite; got one that is not")
@@ -156,13 +160,13 @@ def kl_multivariate_normal(
     checks.finite("mean_1", mean_1)
     checks.finite("mean_2", mean_2)
     factor_1, factor_2 = _cholesky("cov_1", cov_1), _cholesky("cov_2", cov_2)
-    square_1 = factor_1.diagonal(dim1=-2, dim2=-1) ** 2
-    square_2 = factor_2.diagonal(dim1=-2, dim2=-1) ** 2
+    square_1 = factor_1.diagonal(dim1=-2, dim2=-1).square()
+    square_2 = factor_2.diagonal(dim1=-2, dim2=-1).square()
     spread = (kl_term(square_2, square_1) / square_2).sum(-1)
-    ratio = torch.linalg.solve_triangular(factor_2, factor_1, upper=False)
+    ratio: Tensor = torch.linalg.solve_triangular(factor_2, factor_1, upper=False)
     correlation = ratio.tril(-1).square().sum((-2, -1))
     gap = (mean_1 - mean_2).unsqueeze(-1)
-    shift = torch.linalg.solve_triangular(factor_2, gap, upper=False)
+    shift: Tensor = torch.linalg.solve_triangular(factor_2, gap, upper=False)
     return 0.5 * (spread + correlation + shift.square().sum((-2, -1)))
 
 
@@ -270,7 +274,8 @@ def target(
 ) -> Tensor:
     r"""What the network is asked for at x_t = q_sample(schedule, x_0, t, eps).
 
-    'eps', 'x_0', 'v' (`eq-simple-v`; Salimans and Ho, 2022) or 'mean' (`eq-posterior-mean`).
+    'eps', 'x_0', 'v' (`eq-simple-v`; Salimans and Ho, 2022) or 'mean'
+    (`eq-posterior-mean`).
 
     Args: x_0 and eps of one shape [B, ...]; t int64 [B] in 1..T.
     Returns: a tensor like x_0.

@@ -43,7 +43,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRe
 
     >>> line = torch.arange(8.0).reshape(8, 1)
     >>> precision_recall(line, line[:4] + 0.1, k=1)
-    PrecisionRecall(precision=1.0, recall=0.5)
+    PrecisionRecall(precision=1.0, recall=0.625)
     """
     checks.tensor("real", real, ndim=2)
     checks.tensor("generated", generated, shape=(None, real.shape[1]))

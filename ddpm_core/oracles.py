@@ -105,7 +105,7 @@ class Oracle:
         return _sample(self, checks.integer("n", n, low=1), generator)
 
     def log_prob(self, x_t: Tensor, alpha_bar: float | Tensor) -> Tensor:
-        r"""log q(x_t) in nats, shape [B], `eq-oracles-marginal`."""
+        r"""The log density log q(x_t) in nats, shape [B], `eq-oracles-marginal`."""
         return _answer(self, _log_prob, x_t, alpha_bar).reshape(-1)
 
     def score(self, x_t: Tensor, alpha_bar: float | Tensor) -> Tensor:

@@ -128,7 +128,8 @@ def scaled_linear(T: int = 1000) -> Schedule:
 def cosine(T: int = 1000, s: float = 0.008, beta_max: float = 0.999) -> Schedule:
     r"""The cosine schedule, beta cut at `beta_max` (Nichol & Dhariwal 2021, eq. 17).
 
-    `eq-forward-cosine`, `eq-forward-cosine-beta`. s > 0 is the offset, 0 < beta_max < 1. Raises ValueError.
+    `eq-forward-cosine`, `eq-forward-cosine-beta`; s > 0 is the offset h there,
+    0 < beta_max < 1. Raises TypeError or ValueError.
 
     >>> schedule = cosine(1000)
     >>> f"{schedule.alpha_bar[1000]:.2e}", schedule.clipped

@@ -241,7 +241,9 @@ class Trainer:
         checks.between("images", images, -1, 1)
         self.device = torch.device(device)
         self.precision = config.precision or choose_precision(self.device)
+        # channels last: the same numbers, in the order that convolutions run fastest
         self.model = model.to(self.device)
+        self.model.to(memory_format=torch.channels_last)
         self.schedule = schedule_on(schedule, self.device)
         self.images, self.config, self.step = images, config, 0
         decay = config.ema_decay
@@ -290,7 +292,8 @@ class Trainer:
         with torch.random.fork_rng(self.cuda_devices()):
             for place, part in enumerate(parts):
                 torch.manual_seed(stream_seed(config.seed, f"dropout {place}", k))
-                inputs = (x_0[part], drawn.t[part], drawn.eps[part])
+                noise = drawn.eps[part].to(x_0.dtype)
+                inputs = (x_0[part], drawn.t[part], noise)
                 loss = self.losses(*(x.to(self.device) for x in inputs))
                 share = self.scaler.scale(loss.sum() / config.batch_size)
                 torch.autograd.backward(share)
@@ -398,10 +401,14 @@ def load_checkpoint(path: str | Path, trainer: Trainer) -> None:
             )
     trainer.model.load_state_dict(with_prefix(tensors, "model."))
     trainer.ema.load_state_dict(with_prefix(tensors, "ema."))
+    parameters = list(trainer.model.parameters())
     state: dict[int, dict[str, Tensor]] = {}
     for name, x in with_prefix(tensors, "optimizer.").items():
         place, key = name.split(".")
-        state.setdefault(int(place), {})[key] = x
+        like = parameters[int(place)]
+        # Adam's fused kernel goes through memory: its state must lie as the weights do
+        laid_out = torch.empty_like(like).copy_(x) if x.shape == like.shape else x
+        state.setdefault(int(place), {})[key] = laid_out.detach()
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
     trainer.scaler.load_state_dict(facts["scaler"])

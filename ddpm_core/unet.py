@@ -326,7 +326,7 @@ def contracting_path(config: UNetConfig) -> nn.ModuleList:
     r"""The levels on the way down: each a list of `blocks` stages.
 
     >>> [len(level) for level in contracting_path(UNET_CONFIGS["digits"])]
-    [2, 2]
+    [1, 1]
     """
     levels, width = nn.ModuleList(), config.channels
     for side, out in zip(config.sides, config.widths, strict=True):
@@ -342,7 +342,7 @@ def expanding_path(config: UNetConfig) -> nn.ModuleList:
     r"""The levels on the way up: `blocks + 1` stages each, one a skip.
 
     >>> [len(level) for level in expanding_path(UNET_CONFIGS["digits"])]
-    [3, 3]
+    [2, 2]
     """
     levels, width, skips = nn.ModuleList(), config.widths[-1], skip_widths(config)
     for side, out in zip(config.sides[::-1], config.widths[::-1], strict=True):
@@ -429,8 +429,9 @@ UNET_CONFIGS = {
         image_size=8,
         in_channels=1,
         out_channels=1,
-        channels=32,
+        channels=16,
         channel_mult=(1, 2),
+        blocks=1,
         attention=(4,),
         groups=8,
     ),

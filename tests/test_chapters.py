@@ -13,7 +13,7 @@ import extract
 
 ROOT = book.ROOT
 CHAPTERS = book.chapters()
-BASE_LAYER = {"checks", "data", "oracles", "plots", "equations"}
+BASE_LAYER = {"checks", "data", "oracles", "plots", "equations", "files"}
 DIRECTIVES = {"note", "warning", "exercise", "admonition", "solution", "solution-start"}
 DIRECTIVES |= {"solution-end", "figure"}
 SECTIONS = ("What you will be able to do", "What you need", "Where people go wrong")
@@ -258,6 +258,7 @@ def targets():
         text = book.prose(page)
         found |= dict.fromkeys([label for label, _ in book.labelled(text)], i)
         found |= dict.fromkeys(re.findall(r"^\(([\w-]+)\)=", text, re.M), i)
+        found |= dict.fromkeys(re.findall(r"^:label: (\S+)", text, re.M), i)
     return found
 
 

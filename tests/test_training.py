@@ -145,18 +145,24 @@ def test_flip_mirrors_left_and_right():
 
 def test_one_step_is_algorithm_1_written_out():
     shape = replace(SMALL, dropout=0.0)
-    run, model = trainer(CONFIG, shape), net(shape)
+    images = pictures(dtype=torch.float64)
+    run = Trainer(net(shape, torch.float64), cosine(20), images, CONFIG)
+    model = net(shape, torch.float64)
     run.one_step()
-    x_0 = pictures()[batch_indices(CONFIG, 1, 5)]
+    x_0 = images[batch_indices(CONFIG, 1, 5)]
     t, eps, _ = draws(CONFIG, cosine(20), 1, (1, 4, 4))
-    x_t = q_sample(cosine(20), x_0, t, eps)
+    x_t = q_sample(cosine(20), x_0, t, eps.double())
     (model(x_t, t) - eps).square().mean().backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert norm > 1
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2 / 2, foreach=False)
     optimizer.step()
+    compared = 0
     for a, b in zip(run.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        real = b.grad.abs() > 1e-9  # elsewhere Adam divides rounding by rounding
+        torch.testing.assert_close(a[real], b[real], atol=1e-9, rtol=0)
+        compared += int(real.sum())
+    assert compared > 1000
 
 
 def test_progress_says_what_happened():
@@ -176,9 +182,6 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(parts):
         config = replace(CONFIG, accumulate=accumulate)
         model = net(replace(SMALL, dropout=0.0), torch.float64)
         run = Trainer(model, cosine(20), pictures(dtype=torch.float64), config)
-        run.losses = lambda x, t, e, run=run: simple_loss(
-            run.model, run.schedule, x, t, e.double()
-        )
         run.accumulate(1)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-12, rtol=1e-10)
@@ -207,6 +210,16 @@ def test_learning_rate():
 
 
 # Reproducible, resumable
+
+
+def test_loaded_optimiser_state_lies_in_memory_as_the_weights_do(tmp_path):
+    run, again = trainer(), trainer()
+    next(run.steps())
+    training.save_checkpoint(tmp_path / "c", run)
+    training.load_checkpoint(tmp_path / "c", again)
+    weight = again.model.conv_out.weight
+    assert not weight.is_contiguous()  # channels last
+    assert again.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

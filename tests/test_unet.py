@@ -273,7 +273,8 @@ def test_every_attention_is_softmax_of_scaled_products() -> None:
         expected = attention_by_hand(layer, x)
         torch.testing.assert_close(layer(x), expected, atol=2e-5, rtol=0, msg=place)
         found += 1
-    assert found == 6 + 6 + 6
+    small = [UNET_CONFIGS[name] for name in ("digits", "fashion28", "fashion32")]
+    assert found == sum(len(c.attention) * (2 * c.blocks + 1) + 1 for c in small)
 
 
 @given(

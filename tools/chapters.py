@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-LABELLED = re.compile(r"^\$\$\n(.*?)\n\$\$ \(((?:eq|def)-[a-z0-9-]+)\)", re.M | re.S)
+LABELLED = re.compile(
+    r"^\$\$\n((?:(?!\$\$).)*?)\n\$\$ \(((?:eq|def)-[a-z0-9-]+)\)", re.M | re.S
+)
 FILE_LINE = "# file: ddpm_core/"
 
 

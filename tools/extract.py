@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +42,9 @@ class Block:
 
     @property
     def mark(self) -> str:
-        place = f"{self.cell.chapter} · {self.cell.id} · {self.cell.heading}"
-        return f"# --- {place}".rstrip()
+        place = f"# --- {self.cell.chapter} · {self.cell.id} ·"
+        heading = textwrap.shorten(self.cell.heading, 88 - len(place) - 1, placeholder="...")
+        return f"{place} {heading}".rstrip()
 
 
 @dataclass

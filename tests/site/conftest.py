@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pages
 import pytest
-from playwright.sync_api import Browser, Error, sync_playwright
+from playwright.sync_api import Browser, Error, expect, sync_playwright
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -45,6 +45,7 @@ def browser() -> Iterator[Browser]:
             "chromium. Elsewhere: install it and set CHROMIUM to its path.",
             pytrace=False,
         )
+    expect.set_options(timeout=pages.PATIENCE_MS)
     with sync_playwright() as playwright:
         try:
             chromium = playwright.chromium.launch(

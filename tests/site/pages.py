@@ -94,11 +94,12 @@ def stale() -> list[str]:
 
 
 FLATTEN = """
-() => {
+(alsoCode) => {
   for (const formula of document.querySelectorAll('mjx-container'))
     formula.replaceChildren('formula');
-  for (const code of document.querySelectorAll('.highlight pre'))
-    code.textContent = code.textContent;
+  if (alsoCode)
+    for (const code of document.querySelectorAll('.highlight pre'))
+      code.textContent = code.textContent;
 }
 """
 
@@ -144,12 +145,22 @@ def axe_source() -> str:
     return (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 
 
-def accessibility(page: Page, name: str, rules: dict[str, Any]) -> list[str]:
-    """The checker's violations on an open page, without the listed exceptions."""
+def accessibility(page: Page, name: str, contrast: bool = False) -> list[str]:
+    """The checker's violations on an open page, without the listed exceptions.
+
+    It judges contrast alone, or all else of WCAG 2.2 A and AA. The checker walks every
+    element; the thousands inside formulas and coloured code hold nothing that it could
+    judge (but for the colours), so only their boxes and words are left to it.
+    """
+    page.evaluate(FLATTEN, not contrast)
     page.evaluate(axe_source())
-    scope = {"exclude": [["mjx-container"]]}
-    options = {"preload": False, "resultTypes": ["violations"], **rules}
-    result = page.evaluate(f"axe.run({json.dumps(scope)}, {json.dumps(options)})")
+    only = ["color-contrast"] if contrast else WCAG
+    kind = "rule" if contrast else "tag"
+    options: dict[str, Any] = {"preload": False, "resultTypes": ["violations"]}
+    options |= {"runOnly": {"type": kind, "values": only}}
+    if not contrast:
+        options |= {"rules": {"color-contrast": {"enabled": False}}}
+    result = page.evaluate(f"axe.run(document, {json.dumps(options)})")
     found = []
     for violation in result["violations"]:
         rule = violation["id"]
@@ -175,6 +186,7 @@ def typeset(page: Page) -> None:
 def open_page(browser: Browser, url: str, visit: Visit, **context: Any) -> Page:
     """A new tab on `url` that writes requests and complaints into `visit`."""
     page = browser.new_page(viewport=context.pop("viewport", WIDE), **context)
+    page.set_default_timeout(PATIENCE_MS)
     page.on("request", lambda request: visit.requests.append(request.url))
     page.on(
         "requestfailed",
@@ -187,7 +199,7 @@ def open_page(browser: Browser, url: str, visit: Visit, **context: Any) -> Page:
             visit.complaints.append(message.text) if message.type == "error" else None
         ),
     )
-    page.goto(url, timeout=PATIENCE_MS)
+    page.goto(url)
     typeset(page)
     return page
 
@@ -199,12 +211,8 @@ def take(browser: Browser, site: Path, name: str) -> Visit:
     visit.seen = page.evaluate(LOOK)
     page.set_viewport_size(NARROW)
     visit.wider = page.evaluate(WIDER)
-    # The checker walks every element; the thousands inside formulas and coloured code
-    # hold nothing that it could judge, so only their boxes and words are left to it.
-    page.evaluate(FLATTEN)
     page.set_viewport_size(WIDE)
-    rules = {"runOnly": WCAG, "rules": {"color-contrast": {"enabled": False}}}
-    visit.violations = accessibility(page, name, rules)
+    visit.violations = accessibility(page, name)
     page.close()
     return visit
 
