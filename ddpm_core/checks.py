@@ -1,11 +1,33 @@
+"""Written by tools/extract.py; edit the chapters:
+
+- book/workshop/checks.ipynb
+"""
+
+import math
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
+
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-import math
-import torch
+
+__all__ = [
+    "KINDS",
+    "between",
+    "can_look",
+    "finite",
+    "images",
+    "integer",
+    "number",
+    "one_of",
+    "same_device",
+    "same_shape",
+    "tensor",
+    "timesteps",
+]
 
 
+# --- book/workshop/checks.ipynb · checks-can-look · Two kinds of question
 def can_look(x: Tensor) -> bool:
     r"""Whether the values of `x` may be looked at: a plain CPU tensor, not compiling.
 
@@ -20,6 +42,7 @@ def can_look(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+# --- book/workshop/checks.ipynb · checks-numbers · Numbers and names
 def _in_words(low: float | None, high: float | None) -> str:
     if low is not None and high is not None:
         return f" from {low} to {high}"
@@ -83,6 +106,7 @@ def one_of(name: str, value: object, choices: Collection[str]) -> str:
     return value
 
 
+# --- book/workshop/checks.ipynb · checks-structure · Types, shapes and devices
 KINDS = ("floating", "integer", "any")
 
 
@@ -146,6 +170,7 @@ def same_device(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         )
 
 
+# --- book/workshop/checks.ipynb · checks-values · Values
 def _refuse_where(name: str, x: Tensor, bad: Tensor, right: str) -> None:
     if bool(bad.any()):
         place = tuple(bad.nonzero()[0].tolist())

@@ -1,18 +1,50 @@
-from ddpm_core import checks
-from numpy.typing import NDArray
-from pathlib import Path
-from torch import Tensor
-from typing import Any, NamedTuple
+"""Written by tools/extract.py; edit the chapters:
+
+- book/workshop/data.ipynb
+"""
+
 import gzip
 import math
-import numpy as np
 import os
 import shutil
 import socket
 import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm_core import checks
+
+__all__ = [
+    "CIFAR_FILES",
+    "DATA_SETS",
+    "DEBIAN",
+    "IDX_FILES",
+    "PICTURES",
+    "SPLITS",
+    "DataSet",
+    "Images",
+    "cifar10",
+    "data_root",
+    "digits",
+    "fashion_mnist",
+    "from_uint8",
+    "gaussian_ring",
+    "held_out",
+    "image_folder",
+    "mnist",
+    "ring_means",
+    "swiss_roll",
+    "two_moons",
+    "user_cache",
+]
 
 
+# --- book/workshop/data.ipynb · data-images · One form for all
 class Images(NamedTuple):
     r"""A data set in memory: what every function of this module for images returns.
 
@@ -38,6 +70,7 @@ def from_uint8(pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> Images:
     return Images(images.div_(127.5).sub_(1), torch.tensor(labels, dtype=torch.int64))
 
 
+# --- book/workshop/data.ipynb · data-digits · The embedded digits
 SPLITS = ("train", "test", "all")
 
 
@@ -85,6 +118,7 @@ def digits(split: str = "train") -> Images:
     return Images(images[keep], labels[keep])
 
 
+# --- book/workshop/data.ipynb · data-swiss-roll · Points in the plane
 def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
     r"""`n` points [n, 2] on a spiral of one and a half turns, from 1.5 pi to 4.5 pi.
 
@@ -106,6 +140,7 @@ def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tenso
     return (points - centre) / 6.789 + noise * z
 
 
+# --- book/workshop/data.ipynb · data-ring · Points in the plane
 def ring_means(components: int = 8, spread: float = 0.1) -> Tensor:
     r"""Centres [components, 2] of `gaussian_ring`, float64, the first on the x-axis.
 
@@ -142,6 +177,7 @@ def gaussian_ring(
     return means[which] + spread * z
 
 
+# --- book/workshop/data.ipynb · data-moons · Points in the plane
 def two_moons(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
     r"""`n` points [n, 2] on two interleaved half circles, each equally likely.
 
@@ -164,6 +200,7 @@ def two_moons(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor
     return torch.stack([x, y], 1) / 0.705 + noise * z
 
 
+# --- book/workshop/data.ipynb · data-user-cache · Larger sets: where they are looked...
 def user_cache() -> Path:
     r"""The user's cache folder of this book, which need not exist.
 
@@ -179,6 +216,7 @@ def user_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "ddpm_core"
 
 
+# --- book/workshop/data.ipynb · data-sets · Larger sets: where they are looked for
 class DataSet(NamedTuple):
     r"""A downloadable data set: its class in torchvision, its files and its sizes.
 
@@ -227,6 +265,7 @@ DATA_SETS = {
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
+# --- book/workshop/data.ipynb · data-root · Larger sets: where they are looked for
 def _unpack_debian(root: Path) -> None:
     if not DEBIAN.is_dir():
         raise FileNotFoundError(f"no folder {DEBIAN}")
@@ -290,6 +329,7 @@ def data_root(name: str, download: bool = True) -> Path:
     raise FileNotFoundError(_ways_out(name, tried))
 
 
+# --- book/workshop/data.ipynb · data-ways-out · Larger sets: where they are looked for
 def _ways_out(name: str, tried: list[str]) -> str:
     first, debian = DATA_SETS[name].files[0], ""
     if name == "fashion_mnist":
@@ -303,6 +343,7 @@ def _ways_out(name: str, tried: list[str]) -> str:
     )
 
 
+# --- book/workshop/data.ipynb · data-read · Larger sets: where they are looked for
 def _read(name: str, split: str, size: int) -> Images:
     train = checks.one_of("split", split, ("train", "test")) == "train"
     kind, root = DATA_SETS[name], data_root(name)
@@ -370,6 +411,7 @@ def cifar10(split: str = "train") -> Images:
     return _read("cifar10", split, 32)
 
 
+# --- book/workshop/data.ipynb · data-picture · A folder of your own pictures
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 

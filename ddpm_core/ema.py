@@ -1,10 +1,20 @@
+"""Written by tools/extract.py; edit the chapters:
+
+- book/ddpm/training.ipynb
+"""
+
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from ddpm_core import checks
-from torch import Tensor, nn
+
 import torch
+from torch import Tensor, nn
+
+from ddpm_core import checks
+
+__all__ = ["EMA", "ema_decay"]
 
 
+# --- book/ddpm/training.ipynb · training-export-ema-decay · The average of the weights
 def ema_decay(steps: int) -> float:
     r"""A decay for a run of this many steps: 1 - 10/steps, at most 0.9999, at least 0.
 
@@ -18,6 +28,7 @@ def ema_decay(steps: int) -> float:
     return min(max(1 - 10 / steps, 0.0), 0.9999)
 
 
+# --- book/ddpm/training.ipynb · training-export-ema · The average of the weights
 class EMA:
     r"""An exponential moving average of a model's weights, `eq-training-ema`.
 

@@ -1,15 +1,44 @@
-from ddpm_core import checks
-from ddpm_core.schedules import Schedule
-from importlib.resources import files
-from sympy.parsing.latex import parse_latex
-from torch import Tensor
-from typing import Any
+"""Written by tools/extract.py; edit the chapters:
+
+- book/workshop/equations.ipynb
+"""
+
 import functools
 import json
 import re
+from importlib.resources import files
+from typing import Any
+
 import sympy
+from sympy.parsing.latex import parse_latex
+from torch import Tensor
+
+from ddpm_core import checks
+from ddpm_core.schedules import Schedule
+
+__all__ = [
+    "CONSTANTS",
+    "GREEK",
+    "LETTER",
+    "OFFSETS",
+    "POSITIVE",
+    "SAME_MEANING",
+    "SYMBOL",
+    "TABLES",
+    "equations",
+    "evaluate",
+    "parse",
+    "same",
+    "schedule_value",
+    "split_outside",
+    "substitute",
+    "symbol",
+    "symbol_name",
+    "tex",
+]
 
 
+# --- book/workshop/equations.ipynb · equations-load · Finding the equations
 @functools.cache
 def equations() -> dict[str, str]:
     r"""All labelled equations of the book: label -> TeX, as on the pages.
@@ -22,6 +51,7 @@ def equations() -> dict[str, str]:
     return found
 
 
+# --- book/workshop/equations.ipynb · equations-names · From TeX to symbols
 GREEK = (
     r"alpha|beta|gamma|delta|epsilon|varepsilon|eta|theta|lambda|mu|nu|xi|pi|rho|"
     r"sigma|tau|phi|varphi|psi|omega|Sigma|Delta|Lambda"
@@ -85,6 +115,7 @@ def symbol(name: str) -> sympy.Expr:
     )
 
 
+# --- book/workshop/equations.ipynb · equations-parse · From TeX to symbols
 @functools.cache
 def parse(text: str) -> sympy.Expr:
     r"""One piece of algebra in TeX, as a SymPy expression.
@@ -119,6 +150,7 @@ def parse(text: str) -> sympy.Expr:
     return expression.subs(values, simultaneous=True).doit()
 
 
+# --- book/workshop/equations.ipynb · equations-tex · One side of an equation
 def split_outside(text: str, marks: str) -> list[str]:
     r"""Cut `text` at each of `marks` that stands outside all brackets.
 
@@ -157,6 +189,7 @@ def tex(label: str, part: int = -1) -> Any:
     return parse(mean), parse(re.sub(identity, "", variance).strip() or "1")
 
 
+# --- book/workshop/equations.ipynb · equations-evaluate · Numbers for the symbols
 TABLES = ("alpha_bar", "alpha", "beta_tilde", "beta", "snr")
 OFFSETS = {"t": 0, "t_minus_1": -1, "t_plus_1": 1}
 

@@ -1,24 +1,51 @@
-from collections.abc import Mapping
-from dataclasses import asdict
-from ddpm_core import checks
-from ddpm_core.schedules import SCHEDULES, Schedule
-from ddpm_core.unet import UNet, UNetConfig
-from importlib import resources
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
-from typing import Any
+"""Written by tools/extract.py; edit the chapters:
+
+- book/workshop/files.ipynb
+"""
+
 import hashlib
 import json
 import os
 import struct
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from ddpm_core import checks
+from ddpm_core.schedules import SCHEDULES, Schedule
+from ddpm_core.unet import UNet, UNetConfig
+
+__all__ = [
+    "DIGEST",
+    "build_model",
+    "current_umask",
+    "digest",
+    "load_model",
+    "load_pretrained",
+    "load_tensors",
+    "pretrained",
+    "read_tensors",
+    "replace",
+    "save_model",
+    "save_tensors",
+    "schedule_on",
+    "sync_folder",
+    "tensor_bytes",
+    "write_atomically",
+]
 
 
+# --- book/workshop/files.ipynb · files-export-digest · Why no pickle
 DIGEST = "sha256"
 
 
@@ -48,6 +75,7 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return whole.hexdigest()
 
 
+# --- book/workshop/files.ipynb · files-export-atomic · Written whole or not at all
 def replace(temporary: Path, path: Path, tries: int = 5) -> None:
     r"""Rename `temporary` to `path` in one step, waiting a little if `path` is in use.
 
@@ -127,6 +155,7 @@ def current_umask() -> int:
     return mask
 
 
+# --- book/workshop/files.ipynb · files-export-tensors · Tensors with metadata
 def save_tensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -192,6 +221,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return read_tensors(Path(path).read_bytes(), str(path))
 
 
+# --- book/workshop/files.ipynb · files-export-model · A model and its card
 def save_model(
     path: str | Path, model: UNet, card: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -275,6 +305,7 @@ def load_model(
     return build_model(content, card, str(path), device)
 
 
+# --- book/workshop/files.ipynb · files-export-pretrained · The weights that come...
 def pretrained() -> list[str]:
     r"""The names that `load_pretrained` knows.
 

@@ -1,14 +1,45 @@
-from collections.abc import Callable
-from ddpm_core import checks
-from ddpm_core.process import at, posterior_mean, posterior_variance
-from ddpm_core.process import at, posterior_mean, q_sample, signal_left
-from ddpm_core.schedules import Schedule
-from torch import Tensor
-from typing import NamedTuple
+"""Written by tools/extract.py; edit the chapters:
+
+- book/foundations/kl.ipynb
+- book/ddpm/bound.ipynb
+- book/ddpm/l_simple.ipynb
+"""
+
 import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
+
+from ddpm_core import checks
+from ddpm_core.process import (
+    at,
+    posterior_mean,
+    posterior_variance,
+    q_sample,
+    signal_left,
+)
+from ddpm_core.schedules import Schedule
+
+__all__ = [
+    "KLEstimate",
+    "eps_weight",
+    "kl_bernoulli",
+    "kl_categorical",
+    "kl_multivariate_normal",
+    "kl_normal",
+    "kl_term",
+    "min_snr_weight",
+    "monte_carlo_kl",
+    "prior_kl",
+    "simple_loss",
+    "step_kl",
+    "target",
+]
 
 
+# --- book/foundations/kl.ipynb · kl-export-term · It is never negative: the tangent
 def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Two float tensors of one shape on one device."""
     checks.tensor(name_a, a)
@@ -51,6 +82,7 @@ def kl_term(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(near, series, plain)
 
 
+# --- book/foundations/kl.ipynb · kl-export-discrete · It is never negative: the tangent
 def _check_probabilities(name: str, p: Tensor, dim: int) -> None:
     """Entries in [0, 1] whose sum along dim is 1 to rounding."""
     checks.between(name, p, 0.0, 1.0)
@@ -94,6 +126,7 @@ def kl_categorical(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
     return kl_term(p, q).sum(dim)
 
 
+# --- book/foundations/kl.ipynb · kl-export-normal · Two Gaussians
 def _check_positive(name: str, x: Tensor) -> None:
     """Every entry is finite and above zero."""
     checks.finite(name, x)
@@ -125,6 +158,7 @@ def kl_normal(
     return 0.5 * (spread + ((mean_1 - mean_2) / variance_2.sqrt()).square())
 
 
+# --- book/foundations/kl.ipynb · kl-export-multivariate · Gaussians with many...
 def _cholesky(name: str, covariance: Tensor) -> Tensor:
     """The lower triangular factor of a covariance; refuses what is none."""
     checks.finite(name, covariance)
@@ -170,6 +204,7 @@ def kl_multivariate_normal(
     return 0.5 * (spread + correlation + shift.square().sum((-2, -1)))
 
 
+# --- book/foundations/kl.ipynb · kl-export-monte-carlo · When there is no closed...
 class KLEstimate(NamedTuple):
     """A Monte Carlo estimate of a KL divergence in nats, with its standard error."""
 
@@ -209,6 +244,7 @@ def monte_carlo_kl(
     return KLEstimate(each.mean(), each.std() / math.sqrt(len(each)))
 
 
+# --- book/ddpm/bound.ipynb · bound-export-terms · Closed forms
 def _per_sample(x: Tensor) -> Tensor:
     """Sum over everything but the batch: [B, ...] -> [B]."""
     return x.reshape(x.shape[0], -1).sum(1)
@@ -269,6 +305,7 @@ def step_kl(
     return _per_sample(kl_normal(shift, true, torch.zeros_like(shift), model))
 
 
+# --- book/ddpm/l_simple.ipynb · l-simple-code-loss · The best answer is a...
 def target(
     schedule: Schedule, x_0: Tensor, t: Tensor, eps: Tensor, prediction: str
 ) -> Tensor:
@@ -334,6 +371,7 @@ def simple_loss(
     return at(weight, t, loss) * loss
 
 
+# --- book/ddpm/l_simple.ipynb · l-simple-code-weights · From the bound to...
 def eps_weight(schedule: Schedule, variance: Tensor) -> Tensor:
     r"""The bound's own weight on the squared error of eps, for every t.
 

@@ -1,12 +1,34 @@
-from ddpm_core import checks
+"""Written by tools/extract.py; edit the chapters:
+
+- book/ddpm/training.ipynb
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
-from typing import NamedTuple
-import torch
-import warnings
+
+from ddpm_core import checks
+
+__all__ = [
+    "EXACT",
+    "Judge",
+    "PrecisionRecall",
+    "Verdict",
+    "blends",
+    "fit_classifier",
+    "independent_pixels",
+    "knn_radii",
+    "nearest",
+    "precision_recall",
+    "shuffled_pixels",
+]
 
 
+# --- book/ddpm/training.ipynb · training-export-knn · Are they digits? A judge
 class PrecisionRecall(NamedTuple):
     r"""Shares in 0...1: of samples among the real images, and the other way round.
 
@@ -65,6 +87,7 @@ def nearest(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(*flat, compute_mode=EXACT).min(1).values
 
 
+# --- book/ddpm/training.ipynb · training-export-none · Are they digits? A judge
 def shuffled_pixels(x: Tensor, generator: torch.Generator) -> Tensor:
     r"""Each image [N, ...] with its own pixels in an order drawn at random.
 
@@ -103,6 +126,7 @@ def blends(x: Tensor, labels: Tensor, n: int, generator: torch.Generator) -> Ten
     return part * x[first] + (1 - part) * x[second]
 
 
+# --- book/ddpm/training.ipynb · training-export-judge · Are they digits? A judge
 class Verdict(NamedTuple):
     r"""The four measurements of `Judge.verdict` and what each must reach.
 

@@ -1,12 +1,22 @@
+"""Written by tools/extract.py; edit the chapters:
+
+- book/workshop/oracles.ipynb
+"""
+
+import math
 from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
 from ddpm_core import checks, process
 from ddpm_core.schedules import Schedule
-from torch import Tensor
-from typing import NamedTuple
-import math
-import torch
+
+__all__ = ["CHUNK", "Empirical", "Mixture", "Noised", "Oracle", "denoiser", "gaussian"]
 
 
+# --- book/workshop/oracles.ipynb · oracles-code-noised · The law of $x_t$
 CHUNK = 2**24  # numbers held at once: 64 MB in float32
 
 
@@ -54,6 +64,7 @@ def _noised(
     return Noised(x, signal, noise, means, variances, variance, joint)
 
 
+# --- book/workshop/oracles.ipynb · oracles-code-answers · How much is left unknown
 def _log_prob(q: Noised) -> Tensor:
     return q.joint.logsumexp(1)
 
@@ -86,6 +97,7 @@ def _x_0_variance(q: Noised) -> Tensor:
     return within + (share.unsqueeze(2) * apart).sum(1)
 
 
+# --- book/workshop/oracles.ipynb · oracles-code-oracle · How much is left unknown
 class Oracle:
     r"""Exact answers about noised data that are a mixture of K isotropic normals.
 
@@ -105,7 +117,7 @@ class Oracle:
         return _sample(self, checks.integer("n", n, low=1), generator)
 
     def log_prob(self, x_t: Tensor, alpha_bar: float | Tensor) -> Tensor:
-        r"""The log density log q(x_t) in nats, shape [B], `eq-oracles-marginal`."""
+        r"""The log of the density q(x_t) in nats, shape [B], `eq-oracles-marginal`."""
         return _answer(self, _log_prob, x_t, alpha_bar).reshape(-1)
 
     def score(self, x_t: Tensor, alpha_bar: float | Tensor) -> Tensor:
@@ -159,6 +171,7 @@ def _answer(
     return answers.to(x_t.dtype).reshape(-1, *x_t.shape[1:] if answers.ndim > 1 else ())
 
 
+# --- book/workshop/oracles.ipynb · oracles-code-mixture · How much is left unknown
 class Mixture(Oracle):
     r"""Data from a mixture of K isotropic normals N(means[k], variances[k] I).
 
@@ -209,6 +222,7 @@ def gaussian(mean: Tensor, variance: float) -> Mixture:
     return Mixture(mean.new_ones(1), mean.unsqueeze(0), mean.new_full((1,), value))
 
 
+# --- book/workshop/oracles.ipynb · oracles-code-reverse · The reverse kernel
 def _reverse_kernel(
     data: Mixture, x_t: Tensor, alpha_t: float, alpha_bar_t: float
 ) -> Mixture:
@@ -236,6 +250,7 @@ def _reverse_kernel(
     )
 
 
+# --- book/workshop/oracles.ipynb · oracles-code-empirical · A data set taken as it is
 class Empirical(Oracle):
     r"""Data that are exactly the N given points, each as likely: variances of 0.
 
@@ -257,6 +272,7 @@ class Empirical(Oracle):
         self.variances = data.new_zeros(data.shape[0])
 
 
+# --- book/workshop/oracles.ipynb · oracles-code-denoiser · In the place of a network
 def denoiser(
     oracle: Oracle, schedule: Schedule, prediction: str = "eps"
 ) -> Callable[[Tensor, Tensor], Tensor]:

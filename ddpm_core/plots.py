@@ -1,20 +1,41 @@
-from IPython.display import Image
-from PIL import Image as PillowImage
-from collections.abc import Iterable
-from cycler import cycler
-from ddpm_core import checks
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from pathlib import Path
-from torch import Tensor
-from typing import Any
+"""Written by tools/extract.py; edit the chapters:
+
+- book/workshop/plots.ipynb
+"""
+
 import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from cycler import cycler
+from IPython.display import Image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from torch import Tensor
+
+from ddpm_core import checks
+
+__all__ = [
+    "COLOURS",
+    "LARGEST_GIF",
+    "Frame",
+    "animation",
+    "figure_frame",
+    "frame_pixels",
+    "grid",
+    "show_images",
+    "style",
+    "with_palette",
+]
 
 
+# --- book/workshop/plots.ipynb · plots-style · One style
 COLOURS = {
     "blue": "#0072B2",
     "orange": "#E69F00",
@@ -66,6 +87,7 @@ def style() -> None:
     )
 
 
+# --- book/workshop/plots.ipynb · plots-grid · Images in rows
 def grid(images: Tensor, columns: int = 10) -> NDArray[np.float32]:
     r"""One picture in [0, 1] of a batch of images, row by row, white lines between.
 
@@ -99,6 +121,7 @@ def grid(images: Tensor, columns: int = 10) -> NDArray[np.float32]:
     return sheet[:, :, 0] if channels == 1 else sheet
 
 
+# --- book/workshop/plots.ipynb · plots-show-images · Images in rows
 def show_images(
     images: Tensor, ax: Axes | None = None, columns: int = 10, title: str = ""
 ) -> Axes:
@@ -123,6 +146,7 @@ def show_images(
     return ax
 
 
+# --- book/workshop/plots.ipynb · plots-frames · Animations
 Frame = Tensor | NDArray[np.float32] | NDArray[np.uint8]
 
 
@@ -163,6 +187,7 @@ def frame_pixels(frame: Frame) -> NDArray[np.uint8]:
     return np.asarray(np.round(array * 255), np.uint8)
 
 
+# --- book/workshop/plots.ipynb · plots-animation · Animations
 LARGEST_GIF = 400_000
 
 

@@ -1,11 +1,40 @@
-from ddpm_core import checks
+"""Written by tools/extract.py; edit the chapters:
+
+- book/ddpm/forward.ipynb
+- book/ddpm/posterior.ipynb
+- book/ddpm/l_simple.ipynb
+- book/ddpm/sampling.ipynb
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
 from ddpm_core import checks, schedules
 from ddpm_core.schedules import Schedule
-from torch import Tensor
-from typing import NamedTuple
-import torch
+
+__all__ = [
+    "PREDICTIONS",
+    "VARIANCES",
+    "ReverseStep",
+    "at",
+    "convert",
+    "from_x_0",
+    "p_mean_variance",
+    "posterior_mean",
+    "posterior_mean_coefficients",
+    "posterior_mean_from_eps",
+    "posterior_variance",
+    "q_sample",
+    "q_step",
+    "reverse_variance",
+    "signal_left",
+    "to_x_0",
+]
 
 
+# --- book/ddpm/forward.ipynb · forward-q-step · Reading a table
 def at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     r"""`table[t]`, one number per sample, shaped [B, 1, ...] to multiply x [B, ...].
 
@@ -50,6 +79,7 @@ def q_step(
     return signal * x_prev + noise * eps
 
 
+# --- book/ddpm/forward.ipynb · forward-q-sample · The same by induction
 def q_sample(
     schedule: schedules.Schedule, x_0: Tensor, t: Tensor, eps: Tensor
 ) -> Tensor:
@@ -76,6 +106,7 @@ def q_sample(
     return signal * x_0 + noise * eps
 
 
+# --- book/ddpm/posterior.ipynb · posterior-code-variance · The mean
 def posterior_variance(schedule: Schedule) -> Tensor:
     r"""Variance of q(x_{t-1} | x_t, x_0) for every t, as a table.
 
@@ -94,6 +125,7 @@ def posterior_variance(schedule: Schedule) -> Tensor:
     return beta_tilde
 
 
+# --- book/ddpm/posterior.ipynb · posterior-code-mean · The mean
 def posterior_mean_coefficients(schedule: Schedule) -> tuple[Tensor, Tensor]:
     r"""Coefficients of x_0 and of x_t in the mean of q(x_{t-1} | x_t, x_0).
 
@@ -133,6 +165,7 @@ def posterior_mean(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> T
     return at(c_0, t, x_t) * x_0 + at(c_t, t, x_t) * x_t
 
 
+# --- book/ddpm/posterior.ipynb · posterior-code-eps · With the noise in place of the...
 def signal_left(schedule: Schedule) -> None:
     r"""Refuse a schedule whose alpha_bar_T is 0 (beta_T = 1).
 
@@ -175,6 +208,7 @@ def posterior_mean_from_eps(
     return (x_t - at(slope, t, x_t) * eps) / at(schedule.alpha.sqrt(), t, x_t)
 
 
+# --- book/ddpm/posterior.ipynb · posterior-code-rules · The first step has variance 0
 VARIANCES = ("fixed_large", "fixed_small", "fixed_large_reference")
 
 
@@ -203,6 +237,7 @@ def reverse_variance(schedule: Schedule, rule: str) -> Tensor:
     return variance
 
 
+# --- book/ddpm/l_simple.ipynb · l-simple-code-convert · Four things to predict
 PREDICTIONS = ("eps", "x_0", "v", "mean")
 
 
@@ -290,6 +325,7 @@ def convert(
     return output if source == target else from_x_0(schedule, x_t, t, x_0, target)
 
 
+# --- book/ddpm/sampling.ipynb · sampling-p-mean-variance · The mean, first form:...
 class ReverseStep(NamedTuple):
     r"""One reverse step's law: `mean` [B, ...], `variance` [B, 1, ...], its `x_0`.
 

@@ -1,16 +1,37 @@
+"""Written by tools/extract.py; edit the chapters:
+
+- book/ddpm/sampling.ipynb
+"""
+
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
 from ddpm_core import checks
 from ddpm_core.process import PREDICTIONS, VARIANCES, p_mean_variance
 from ddpm_core.schedules import Schedule
-from torch import Tensor, nn
-from typing import NamedTuple
-import torch
+
+__all__ = [
+    "Model",
+    "State",
+    "ancestral",
+    "check_start",
+    "evaluating",
+    "last",
+    "noise_like",
+    "predict",
+    "walk",
+]
 
 
+# --- book/ddpm/sampling.ipynb · sampling-modules · The mean, first form: predict...
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
+# --- book/ddpm/sampling.ipynb · sampling-state · The code
 class State(NamedTuple):
     r"""What a sampler yields after each step: `x` is x_t for this `t`, 0 at the end.
 
@@ -51,6 +72,7 @@ def evaluating(model: Model) -> Iterator[None]:
             part.training = training
 
 
+# --- book/ddpm/sampling.ipynb · sampling-noise-like · The code
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     r"""Standard Gaussian noise like `x`, drawn on the CPU and then moved to x's device.
 
@@ -93,6 +115,7 @@ def predict(model: Model, schedule: Schedule, x: Tensor, steps: Tensor) -> Tenso
     return output
 
 
+# --- book/ddpm/sampling.ipynb · sampling-ancestral · The code
 def ancestral(
     model: Model,
     schedule: Schedule,
@@ -138,6 +161,7 @@ def ancestral(
     return walk(step, x_T, schedule.T)
 
 
+# --- book/ddpm/sampling.ipynb · sampling-walk · The code
 def check_start(schedule: Schedule, x_T: Tensor) -> None:
     r"""Check the start of a sampler: x_T [B, ...] finite, on the schedule's device.
 

@@ -1,13 +1,34 @@
+"""Written by tools/extract.py; edit the chapters:
+
+- book/ddpm/forward.ipynb
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from ddpm_core import checks
 from itertools import pairwise
-from torch import Tensor
 from typing import NamedTuple
-import math
+
 import torch
+from torch import Tensor
+
+from ddpm_core import checks
+
+__all__ = [
+    "SCHEDULES",
+    "Schedule",
+    "ScheduleCard",
+    "card",
+    "cosine",
+    "from_alpha_bar",
+    "from_beta",
+    "linear",
+    "respace",
+    "scaled_linear",
+]
 
 
+# --- book/ddpm/forward.ipynb · forward-schedule · Reading a table
 @dataclass(frozen=True, eq=False)
 class Schedule:
     r"""A noise schedule: tables [T+1] indexed by t, entry 0 being the clean data.
@@ -95,6 +116,7 @@ def _check_beta(beta: Tensor) -> None:
             )
 
 
+# --- book/ddpm/forward.ipynb · forward-schedules-code · Three schedules
 def linear(T: int = 1000) -> Schedule:
     r"""Linear beta from 1e-4 to 0.02, times 1000/T (Ho et al. 2020, section 4).
 
@@ -152,6 +174,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
+# --- book/ddpm/forward.ipynb · forward-card-code · A card for each schedule
 class ScheduleCard(NamedTuple):
     r"""What to know about a schedule before training with it; see `card`."""
 
@@ -180,6 +203,7 @@ def card(schedule: Schedule) -> ScheduleCard:
     return ScheduleCard(name, T, left, bits, schedule.clipped, snr_1, snr_T)
 
 
+# --- book/ddpm/forward.ipynb · forward-respace · Visiting only some steps
 def from_alpha_bar(alpha_bar: Tensor, name: str = "custom") -> Schedule:
     r"""The schedule of given `alpha_bar` [T+1], from alpha_bar[0] = 1 strictly down.
 

@@ -1,6 +1,22 @@
+"""Written by tools/extract.py; edit the chapters:
+
+- book/ddpm/training.ipynb
+"""
+
+import argparse
+import hashlib
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
 from ddpm_core import checks, data
 from ddpm_core.ema import EMA, ema_decay
 from ddpm_core.files import (
@@ -14,17 +30,36 @@ from ddpm_core.losses import simple_loss
 from ddpm_core.process import PREDICTIONS
 from ddpm_core.schedules import SCHEDULES, Schedule
 from ddpm_core.unet import UNET_CONFIGS, UNet
-from pathlib import Path
-from torch import Tensor, nn
-from tqdm import tqdm
-from typing import Any, NamedTuple
-import argparse
-import hashlib
-import json
-import math
-import torch
+
+__all__ = [
+    "DECAYS",
+    "PRECISIONS",
+    "Draws",
+    "Progress",
+    "TrainConfig",
+    "Trainer",
+    "batch_indices",
+    "checkpoint_facts",
+    "checkpoint_tensors",
+    "choose_precision",
+    "draws",
+    "facts",
+    "image_digest",
+    "load_checkpoint",
+    "loss_per_bin",
+    "main",
+    "mode",
+    "parser",
+    "read_data",
+    "save_checkpoint",
+    "stream",
+    "stream_seed",
+    "watch",
+    "with_prefix",
+]
 
 
+# --- book/ddpm/training.ipynb · training-export-config · The optimiser
 DECAYS = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -82,6 +117,7 @@ class TrainConfig:
         return self.lr * (self.steps - k + 1) / (self.steps - self.warmup)
 
 
+# --- book/ddpm/training.ipynb · training-export-draws · Randomness as a function
 def stream(seed: int, name: str, number: int) -> torch.Generator:
     r"""A CPU generator that depends on these three alone: seed, stream, number.
 
@@ -159,6 +195,7 @@ def draws(
     return Draws(t, eps, flip & config.flip)
 
 
+# --- book/ddpm/training.ipynb · training-export-precision · The trainer
 def choose_precision(device: torch.device | str) -> str:
     r"""The arithmetic of the forward pass: a rule, not a measurement.
 
@@ -214,6 +251,7 @@ class Progress(NamedTuple):
     losses: Tensor
 
 
+# --- book/ddpm/training.ipynb · training-export-trainer · The trainer
 class Trainer:
     r"""Algorithm 1 (Ho et al. 2020) with warm-up, clipping and EMA, step by step.
 
@@ -320,6 +358,7 @@ class Trainer:
         return [self.device] if self.device.type == "cuda" else []
 
 
+# --- book/ddpm/training.ipynb · training-export-state · Stop and go on
 def checkpoint_tensors(trainer: Trainer) -> dict[str, Tensor]:
     r"""Model, averaged weights and optimiser state as one flat dictionary of tensors.
 
@@ -425,6 +464,7 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[cut:]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+# --- book/ddpm/training.ipynb · training-export-bins · Training on real digits
 @torch.no_grad()
 def loss_per_bin(
     model: nn.Module,
@@ -467,6 +507,7 @@ def loss_per_bin(
     return torch.tensor(means, dtype=torch.float64)
 
 
+# --- book/ddpm/training.ipynb · training-export-main · A longer run, and the command
 def read_data(name: str, config: str, folder: str | None) -> Tensor:
     r"""The training images that the command's options name, of the network's size.
 
@@ -594,3 +635,7 @@ def facts(trainer: Trainer) -> dict[str, Any]:
             "images": list(trainer.images.shape),
         },
     }
+
+
+if __name__ == "__main__":
+    main()

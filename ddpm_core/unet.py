@@ -1,12 +1,41 @@
+"""Written by tools/extract.py; edit the chapters:
+
+- book/ddpm/unet.ipynb
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ddpm_core import checks
-from torch import Tensor, nn
-import math
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_core import checks
+
+__all__ = [
+    "CLOSING",
+    "EPS",
+    "UNET_CONFIGS",
+    "Downsample",
+    "ResidualBlock",
+    "SelfAttention",
+    "Stage",
+    "UNet",
+    "UNetConfig",
+    "Upsample",
+    "check_channels",
+    "check_numbers",
+    "check_sides",
+    "contracting_path",
+    "expanding_path",
+    "initialise",
+    "skip_widths",
+    "timestep_embedding",
+]
 
 
+# --- book/ddpm/unet.ipynb · unet-export-embedding · Telling the network which step...
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     r"""Sinusoidal embedding of a position: sines, then cosines.
 
@@ -30,6 +59,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+# --- book/ddpm/unet.ipynb · unet-export-initialise · How the weights start
 EPS = 1e-6  # of every GroupNorm, as in DDPM; PyTorch's default is 1e-5
 CLOSING = ("conv_2", "out", "conv_out")  # the layers that close a branch: start at 0
 
@@ -55,6 +85,7 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
             nn.init.zeros_(layer.bias)
 
 
+# --- book/ddpm/unet.ipynb · unet-export-residual-block · The block
 class ResidualBlock(nn.Module):
     r"""GroupNorm, SiLU, conv; + time; GroupNorm, SiLU, dropout, conv; + shortcut.
 
@@ -96,6 +127,7 @@ class ResidualBlock(nn.Module):
         return y
 
 
+# --- book/ddpm/unet.ipynb · unet-export-attention · Why divide by $\sqrt d$?
 class SelfAttention(nn.Module):
     r"""Every place of a feature map looks at every place: x + out(attention(norm(x))).
 
@@ -134,6 +166,7 @@ class SelfAttention(nn.Module):
         return x + y.transpose(1, 2).reshape(x.shape)
 
 
+# --- book/ddpm/unet.ipynb · unet-export-resample · Down and up
 class Downsample(nn.Module):
     r"""Halve the side: pad right and bottom by one, 3x3 convolution of stride 2.
 
@@ -175,6 +208,7 @@ class Upsample(nn.Module):
         return y
 
 
+# --- book/ddpm/unet.ipynb · unet-export-config · Its numbers
 @dataclass(frozen=True)
 class UNetConfig:
     r"""The shape of a U-Net; the defaults are DDPM's for CIFAR-10 (Ho et al. 2020, B).
@@ -219,6 +253,7 @@ class UNetConfig:
         return tuple(self.channels * m for m in self.channel_mult)
 
 
+# --- book/ddpm/unet.ipynb · unet-export-config-checks · Its numbers
 def check_numbers(config: UNetConfig) -> None:
     r"""Raise TypeError or ValueError where a number of the config is impossible.
 
@@ -279,6 +314,7 @@ def check_channels(config: UNetConfig) -> None:
             )
 
 
+# --- book/ddpm/unet.ipynb · unet-export-stage · Down, middle, up
 class Stage(nn.Module):
     r"""A residual block, followed by self-attention where the level attends.
 
@@ -310,6 +346,7 @@ class Stage(nn.Module):
         return y
 
 
+# --- book/ddpm/unet.ipynb · unet-export-paths · Down, middle, up
 def skip_widths(config: UNetConfig) -> list[int]:
     r"""Channels of the maps that the contracting path leaves behind, in order.
 
@@ -355,6 +392,7 @@ def expanding_path(config: UNetConfig) -> nn.ModuleList:
     return levels
 
 
+# --- book/ddpm/unet.ipynb · unet-export-unet · Down, middle, up
 class UNet(nn.Module):
     r"""DDPM's network (Ho et al. 2020, B): noisy images and t to an output like them.
 
@@ -423,6 +461,7 @@ class UNet(nn.Module):
         return y
 
 
+# --- book/ddpm/unet.ipynb · unet-export-configs · Down, middle, up
 UNET_CONFIGS = {
     # 8x8 digits: fast enough to train inside a chapter
     "digits": UNetConfig(

@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from ddpm_core import checks, data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from ddpm_core import checks, data
 
 
 def seeded(seed=0):

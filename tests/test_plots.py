@@ -9,11 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from ddpm_core import plots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
+
+from ddpm_core import plots
 
 
 @settings(max_examples=60, deadline=None)

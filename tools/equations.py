@@ -130,7 +130,7 @@ def needed(cells: list[Cell], label: str) -> list[Cell]:
         if is_check and label not in checked_by(cell) and not bound & wanted:
             continue
         if is_check:
-            wanted |= read
+            wanted |= read - bound
         chosen.append(cell)
     return chosen[::-1]
 

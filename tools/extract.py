@@ -43,7 +43,8 @@ class Block:
     @property
     def mark(self) -> str:
         place = f"# --- {self.cell.chapter} · {self.cell.id} ·"
-        heading = textwrap.shorten(self.cell.heading, 88 - len(place) - 1, placeholder="...")
+        room = 88 - len(place) - 1
+        heading = textwrap.shorten(self.cell.heading, room, placeholder="...")
         return f"{place} {heading}".rstrip()
 
 
