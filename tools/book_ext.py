@@ -23,7 +23,7 @@ def set_address(app: Sphinx, config: Any) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
         "project"
     ]
-    address = os.environ.get("BOOK_REPOSITORY") or project["urls"]["Repository"]
+    address = os.environ.get("BOOK_REPOSITORY") or project["urls"].get("Repository")
     options = config.html_theme_options
     if not address:
         options.pop("repository_url", None)

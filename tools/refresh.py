@@ -144,7 +144,7 @@ def address() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
         "project"
     ]
-    found = os.environ.get("BOOK_REPOSITORY") or project["urls"]["Repository"]
+    found = os.environ.get("BOOK_REPOSITORY") or project["urls"].get("Repository", "")
     if found and not ADDRESS.fullmatch(found):
         raise BookError(
             f"the address must be https://github.com/OWNER/NAME, not {found!r}"
