@@ -18,7 +18,8 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ddpm_core import files, samplers  # noqa: E402
+from ddpm_core.files import load_pretrained  # noqa: E402
+from ddpm_core.samplers import ancestral  # noqa: E402
 
 COLUMNS, ROWS, SCALE = 12, 4, 7
 FRAMES, FRAME_MS = 45, 100
@@ -33,13 +34,13 @@ def frame_steps(T: int) -> list[int]:
 
 def trajectory(seed: int, device: str = "cpu") -> list[torch.Tensor]:
     """The samples x_t at each step that the picture shows."""
-    model, schedule, _ = files.load_pretrained("digits", device)
+    model, schedule, _ = load_pretrained("digits", device)
     generator = torch.Generator(device).manual_seed(seed)
     shape = (COLUMNS * ROWS, 1, 8, 8)
     x_T = torch.randn(shape, generator=generator, device=device)
     kept = {schedule.T: x_T}
     wanted = frame_steps(schedule.T)
-    for state in samplers.ancestral(model, schedule, x_T, generator=generator):
+    for state in ancestral(model, schedule, x_T, generator=generator):
         if state.t in wanted:
             kept[state.t] = state.x
     return [kept[t] for t in wanted]
