@@ -130,8 +130,7 @@ def test_colour_frames_keep_their_colours():
 
 
 def test_figure_becomes_a_frame():
-    fig = Figure(figsize=(2, 1), dpi=60, facecolor="white")
-    fig.add_axes((0, 0, 1, 1)).set_facecolor("#0072B2")
+    fig = Figure(figsize=(2, 1), dpi=60, facecolor="#0072B2")
     frame = plots.figure_frame(fig)
     assert frame.shape == (60, 120, 3)
     assert frame.dtype == np.uint8

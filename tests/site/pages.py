@@ -44,7 +44,8 @@ LOOK = r"""
   }
   return {
     title: document.title,
-    headings: document.querySelectorAll('article h1').length,
+    // The theme keeps a second heading for print.
+    headings: [...document.querySelectorAll('h1')].filter(h => h.checkVisibility()).length,
     typeset: document.querySelectorAll('mjx-container').length,
     faulty: [...document.querySelectorAll('mjx-merror, [data-mml-node="merror"]')]
       .map(e => e.textContent),

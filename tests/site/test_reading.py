@@ -37,7 +37,7 @@ def test_first_page_is_the_introduction(browser: Browser, address: str) -> None:
     page.set_default_timeout(pages.PATIENCE_MS)
     page.goto(address)
     page.wait_for_url("**/book/intro.html")
-    expect(page.locator("h1")).to_contain_text("Diffusion Models, Derived and Run")
+    expect(page.locator("article h1")).to_contain_text("Diffusion Models, Derived and Run")
     page.close()
 
 
@@ -53,7 +53,7 @@ def test_search_finds_a_term(browser: Browser, address: str) -> None:
     result = page.locator("#search-results a[href*='ddpm/posterior.html']").first
     result.click()
     page.wait_for_url("**/book/ddpm/posterior.html*")
-    expect(page.locator("h1")).to_be_visible()
+    expect(page.locator("article h1")).to_be_visible()
     assert [url for url in visit.requests if not url.startswith(address)] == []
     assert visit.complaints == []
     page.close()
