@@ -37,7 +37,9 @@ def test_first_page_is_the_introduction(browser: Browser, address: str) -> None:
     page.set_default_timeout(pages.PATIENCE_MS)
     page.goto(address)
     page.wait_for_url("**/book/intro.html")
-    expect(page.locator("article h1")).to_contain_text("Diffusion Models, Derived and Run")
+    expect(page.locator("article h1")).to_contain_text(
+        "Diffusion Models, Derived and Run"
+    )
     page.close()
 
 
