@@ -1,5 +1,6 @@
 """The Sphinx extension: docstrings, the address, nothing from outside."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,3 +55,21 @@ def test_no_style_sheet_from_outside():
     context = {"body": f"<p>a</p>{link}<p>b</p>"}
     book_ext.drop_outside(None, "page", "page.html", context, None)
     assert context["body"] == "<p>a</p><p>b</p>"
+
+
+def test_checks_are_folded_on_the_page_and_nothing_else_is():
+    cells = [
+        {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": "1"}
+        for tags in (["check"], ["export"], [])
+    ]
+    source = [json.dumps({"cells": cells})]
+    app = SimpleNamespace(env=SimpleNamespace(doc2path=lambda page: f"{page}.ipynb"))
+    book_ext.fold_checks(app, "book/ddpm/forward", source)
+    folded = [c["metadata"] for c in json.loads(source[0])["cells"]]
+    assert [m["tags"] for m in folded] == [["check", "hide-input"], ["export"], []]
+    assert folded[0]["mystnb"]["code_prompt_show"] == "Show the check"
+
+    text = ["# A page, not a notebook"]
+    app.env.doc2path = lambda page: f"{page}.md"
+    book_ext.fold_checks(app, "book/intro", text)
+    assert text == ["# A page, not a notebook"]

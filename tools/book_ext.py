@@ -1,6 +1,7 @@
 """Sphinx extension: MathJax from the disk, the book's address, no outside request."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -61,6 +62,22 @@ def drop_outside(
         context["body"] = OUTSIDE.sub("", context["body"])
 
 
+def fold_checks(app: Sphinx, page: str, source: list[str]) -> None:
+    """Fold the check cells on the page, so that the derivation reads in one go."""
+    if not str(app.env.doc2path(page)).endswith(".ipynb"):
+        return
+    notebook = json.loads(source[0])
+    for cell in notebook["cells"]:
+        if "check" in cell["metadata"].get("tags", []):
+            cell["metadata"]["tags"].append("hide-input")
+            shown = {
+                "code_prompt_show": "Show the check",
+                "code_prompt_hide": "Fold it",
+            }
+            cell["metadata"].setdefault("mystnb", {}).update(shown)
+    source[0] = json.dumps(notebook)
+
+
 def plain_docstring(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
@@ -88,5 +105,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", set_address, priority=900)
     app.connect("build-finished", copy_mathjax)
     app.connect("html-page-context", drop_outside)
+    app.connect("source-read", fold_checks)
     app.connect("autodoc-process-docstring", plain_docstring)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
