@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
 MATHJAX = "tex-chtml-full.js"
 OUTSIDE = re.compile(r'<link[^>]+href="https?://[^"]*font-awesome[^"]*"[^>]*>')
+DO = ("show", "hide")
 LABEL = re.compile(r"``((?:eq|def)-[a-z0-9-]+)``")
 
 
