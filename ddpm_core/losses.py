@@ -1,6 +1,7 @@
 """Written by tools/extract.py; edit the chapters:
 
 - book/foundations/kl.ipynb
+- book/foundations/elbo.ipynb
 - book/ddpm/bound.ipynb
 - book/ddpm/l_simple.ipynb
 """
@@ -23,8 +24,12 @@ from ddpm_core.process import (
 from ddpm_core.schedules import Schedule
 
 __all__ = [
+    "BoundEstimate",
     "KLEstimate",
+    "effective_sample_size",
+    "elbo",
     "eps_weight",
+    "importance_weighted_bound",
     "kl_bernoulli",
     "kl_categorical",
     "kl_multivariate_normal",
@@ -242,6 +247,86 @@ def monte_carlo_kl(
     if estimator == "low_variance":
         each = each + torch.expm1(log_ratio)
     return KLEstimate(each.mean(), each.std() / math.sqrt(len(each)))
+
+
+# --- book/foundations/elbo.ipynb · elbo-export-elbo · Climbing without a closed form
+class BoundEstimate(NamedTuple):
+    """A Monte Carlo estimate of a bound on log p(x), nats, with its standard error."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def _log_weight(log_joint: Tensor, log_q: Tensor) -> Tensor:
+    """The log weights of samples z of q; at least two along the first axis."""
+    checks.tensor("log_joint", log_joint)
+    checks.tensor("log_q", log_q)
+    checks.same_shape("log_joint", log_joint, "log_q", log_q)
+    checks.same_device("log_joint", log_joint, "log_q", log_q)
+    count = log_joint.shape[0] if log_joint.ndim else 0
+    checks.integer("the number of repetitions in log_joint", count, 2)
+    checks.between("log_joint", log_joint, -math.inf, torch.finfo(log_joint.dtype).max)
+    checks.finite("log_q, z drawn from q,", log_q)
+    return log_joint - log_q
+
+
+def elbo(log_joint: Tensor, log_q: Tensor) -> BoundEstimate:
+    r"""Evidence lower bound from samples z_n of q, with its standard error.
+
+    Equation `eq-elbo-estimate`. To be made large: as a loss, take its negative.
+    Args: log_joint: [N, ...] log p(x, z_n), N >= 2 (-inf where p is 0). log_q: the
+        same shape, log q(z_n). Gradients pass through both.
+    Returns: BoundEstimate of two tensors [...]. Raises: TypeError, ValueError.
+    >>> log_q = torch.zeros(4)
+    >>> elbo(torch.tensor([-1.0, -2.0, -3.0, -2.0]), log_q).value
+    tensor(-2.)
+    """
+    each = _log_weight(log_joint, log_q)
+    return BoundEstimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
+
+
+# --- book/foundations/elbo.ipynb · elbo-export-importance · Several samples, a...
+def importance_weighted_bound(log_joint: Tensor, log_q: Tensor) -> BoundEstimate:
+    r"""Bound on log p(x) from K samples at a time, estimated by N repetitions.
+
+    Equation `eq-elbo-iw`; Burda et al. (2016), section 3. K = 1 gives `elbo`.
+    Args: log_joint: [N, K, ...] log p(x, z), N >= 2 repetitions, K >= 1 samples of q
+        each (-inf where p is 0). log_q: the same shape, log q(z).
+    Returns: BoundEstimate of two tensors [...]. Raises: TypeError, ValueError.
+    >>> log_joint = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    >>> importance_weighted_bound(log_joint, torch.zeros(2, 2)).value
+    tensor(1.4338)
+    """
+    log_weight = _log_weight(log_joint, log_q)
+    samples = log_weight.shape[1] if log_weight.ndim > 1 else 0
+    checks.integer("the number of samples in log_joint", samples, 1)
+    each = log_weight.logsumexp(1) - math.log(samples)
+    return BoundEstimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
+
+
+# --- book/foundations/elbo.ipynb · elbo-export-ess · Several samples, a smaller gap
+def effective_sample_size(log_weight: Tensor, dim: int = -1) -> Tensor:
+    r"""How many equally weighted samples the weights along dim are worth, 1 to K.
+
+    Equation `eq-elbo-ess`; weights need not be normalised. 0 if all of them are 0.
+    Args: log_weight: float tensor, log p(x, z_k) - log q(z_k) along dim; -inf is a
+        weight of 0.
+    Returns: its shape without dim. Raises: TypeError, ValueError for anything else.
+    >>> effective_sample_size(torch.tensor([[0.0, 0.0], [5.0, -torch.inf]]))
+    tensor([2., 1.])
+    """
+    checks.tensor("log_weight", log_weight)
+    checks.integer("log_weight.ndim", log_weight.ndim, 1)
+    dim = checks.integer("dim", dim, -log_weight.ndim, log_weight.ndim - 1)
+    checks.integer("the number of weights", log_weight.shape[dim], 1)
+    checks.between(
+        "log_weight", log_weight, -math.inf, torch.finfo(log_weight.dtype).max
+    )
+    largest = log_weight.amax(dim, keepdim=True)
+    some = largest > -math.inf
+    weight = (log_weight - torch.where(some, largest, 0.0)).exp()  # the largest is 1
+    squares = weight.square().sum(dim)
+    return weight.sum(dim).square() / torch.where(some.squeeze(dim), squares, 1.0)
 
 
 # --- book/ddpm/bound.ipynb · bound-export-terms · Closed forms
