@@ -32,12 +32,15 @@ def can_look(x: Tensor) -> bool:
     r"""Whether the values of `x` may be looked at: a plain CPU tensor, not compiling.
 
     Fake and meta tensors have no values, a look at an accelerator's tensor makes the
-    program wait for it, and a look inside `torch.compile` breaks the graph.
+    program wait for it, and a look inside `torch.compile` breaks the graph. A tensor
+    inside `torch.func.vmap` or `torch.func.grad` stands for many.
 
     >>> can_look(torch.zeros(2)), can_look(torch.zeros(2, device="meta"))
     (True, False)
     """
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
     return x.device.type == "cpu"
 

@@ -1,6 +1,7 @@
 """Written by tools/extract.py; edit the chapters:
 
 - book/foundations/kl.ipynb
+- book/foundations/vae.ipynb
 - book/ddpm/bound.ipynb
 - book/ddpm/l_simple.ipynb
 """
@@ -24,6 +25,8 @@ from ddpm_core.schedules import Schedule
 
 __all__ = [
     "KLEstimate",
+    "bits_per_dim",
+    "discretised_log_likelihood",
     "eps_weight",
     "kl_bernoulli",
     "kl_categorical",
@@ -242,6 +245,107 @@ def monte_carlo_kl(
     if estimator == "low_variance":
         each = each + torch.expm1(log_ratio)
     return KLEstimate(each.mean(), each.std() / math.sqrt(len(each)))
+
+
+# --- book/foundations/vae.ipynb · vae-export-tail · A likelihood for grey levels
+def _log_tail(u: Tensor) -> Tensor:
+    """The log of the mass above u of N(0, 1), with no underflow: `eq-vae-tail`."""
+    right = u > 0
+    a, b = torch.where(right, u, 0.0), torch.where(right, 0.0, u)
+    far = torch.special.erfcx(a / math.sqrt(2)).log() - math.log(2) - a.square() / 2
+    return torch.where(right, far, torch.log1p(-torch.erfc(-b / math.sqrt(2)) / 2))
+
+
+def _log_between(near: Tensor, far: Tensor, centre: Tensor, width: Tensor) -> Tensor:
+    """The log of the mass of N(0, 1) from near to far, in whichever way loses no digits.
+
+    near < far, centre >= 0 is their middle and width their difference, all exact.
+    """
+    root = math.sqrt(2)
+    outside = (torch.erfc(-near / root) + torch.erfc(far / root)) / 2
+    most = outside < 0.5  # most of the mass is inside: count what is not
+    most_inside = torch.log1p(-torch.where(most, outside, 0.0))
+    thin = (width < 0.1) & (width * centre < 0.1)  # density times width, nearly
+    w, m = torch.where(thin, width, 0.1), torch.where(thin, centre, 0.0)
+    bend = torch.exp(-0.075 * w.square()) * torch.cosh(math.sqrt(0.15) * w * m) - 1
+    height = -0.5 * m.square() - 0.5 * math.log(2 * math.pi)
+    thin_inside = w.log() + height + torch.log1p(bend * 5 / 9)
+    rest = ~(most | thin)  # in one tail: a difference of two tails
+    n, f = torch.where(rest, near, 1.0), torch.where(rest, far, 2.0)
+    ratio = torch.special.erfcx(f / root).log() - torch.special.erfcx(n / root).log()
+    step = ratio - torch.where(rest, width * centre, 1.0)  # log tail(f) - log tail(n)
+    tails = _log_tail(n) + torch.log(-torch.expm1(step))
+    return torch.where(most, most_inside, torch.where(thin, thin_inside, tails))
+
+
+# --- book/foundations/vae.ipynb · vae-export-likelihood · A likelihood for grey levels
+def _check_levels(x: Tensor, levels: int) -> None:
+    """Every entry is one of `levels` equally spaced numbers from -1 to 1."""
+    checks.between("x", x, -1.0, 1.0)
+    if checks.can_look(x) and x.numel():
+        last = levels - 1
+        off = (x - (2 * torch.round((x + 1) * (last / 2)) / last - 1)).abs().flatten()
+        if off.max() > 1e-6:
+            raise ValueError(
+                f"x must lie on the {levels} levels from -1 to 1; "
+                f"got {x.flatten()[off.argmax()].item()} (are the levels right?)"
+            )
+
+
+def _check_law(x: Tensor, name: str, y: Tensor) -> None:
+    """Whether y fits x in type, shape and device, and is finite."""
+    checks.tensor("x", x)
+    checks.tensor(name, y)
+    if x.dtype not in (torch.float32, torch.float64) or y.dtype != x.dtype:
+        both = f"x and {name} must both be float32 or both float64"
+        raise TypeError(f"{both}; got {x.dtype} and {y.dtype}")
+    checks.same_shape(name, y, "x", x)
+    checks.same_device(name, y, "x", x)
+    checks.finite(name, y)
+
+
+def discretised_log_likelihood(
+    x: Tensor, mean: Tensor, variance: Tensor, levels: int
+) -> Tensor:
+    r"""Log-mass in nats of the bin of grey level x under N(mean, variance), elementwise.
+
+    Equation `eq-vae-decoder`; Ho et al. (2020), eq. 13, for any number of levels.
+    Args: x, mean, variance: float32 or float64 of one shape; x on `levels` >= 2 equally
+        spaced levels from -1 to 1 (17 for 8x8 digits, 256 for 8-bit images).
+    Returns: a tensor of that shape, <= 0. The edge bins reach to infinity.
+    Raises: TypeError, ValueError for anything else.
+    >>> x = torch.tensor([-1.0, 0.0, 1.0])
+    >>> discretised_log_likelihood(x, 0 * x, 0 * x + 0.25, levels=3).exp()
+    tensor([0.1587, 0.6827, 0.1587])
+    """
+    levels = checks.integer("levels", levels, 2)
+    _check_law(x, "mean", mean)
+    _check_law(x, "variance", variance)
+    if checks.can_look(variance) and not bool((variance > 0).all()):
+        lowest = variance.min().item()
+        raise ValueError(f"variance must be above 0 everywhere; got {lowest}")
+    _check_levels(x, levels)
+    last, sigma = levels - 1, variance.sqrt()
+    place = 2 * torch.round((x.detach() + 1) * (last / 2)) - last  # a whole number
+    low, high = ((place - 1) / last - mean) / sigma, ((place + 1) / last - mean) / sigma
+    centre = (place / last - mean) / sigma
+    right = centre >= 0  # mirror what lies left of the mean
+    near, far = torch.where(right, low, -high), torch.where(right, high, -low)
+    middle = torch.where(right, centre, -centre)  # not abs, whose slope at 0 is 0
+    inner = _log_between(near, far, middle, 2 / last / sigma)
+    inner = torch.where(place >= last, _log_tail(low), inner)
+    return torch.where(place <= -last, _log_tail(-high), inner)
+
+
+def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
+    r"""A negative log-likelihood in nats for `dims` numbers, as bits for each of them.
+
+    Equation `eq-vae-bits`: nats / (dims log 2). For an 8x8 grey image dims is 64.
+    >>> bits_per_dim(torch.tensor([64 * math.log(17)]), 64)
+    tensor([4.0875])
+    """
+    checks.tensor("nats", nats)
+    return nats / (checks.integer("dims", dims, 1) * math.log(2))
 
 
 # --- book/ddpm/bound.ipynb · bound-export-terms · Closed forms
