@@ -21,6 +21,7 @@ from ddpm_core.process import (
     q_sample,
     reverse_variance,
     signal_left,
+    to_x_0,
 )
 from ddpm_core.schedules import Schedule
 
@@ -49,6 +50,7 @@ __all__ = [
     "step_kl",
     "target",
     "variational_bound",
+    "x_0_guess",
 ]
 
 
@@ -724,3 +726,31 @@ def min_snr_weight(schedule: Schedule, gamma: float, prediction: str) -> Tensor:
     snr[0] = float("nan")
     scale = {"eps": 1 / snr, "x_0": torch.ones_like(snr), "v": 1 / (snr + 1)}
     return snr.clamp(max=gamma) * scale[prediction]
+
+
+# --- book/ddpm/l_simple.ipynb · l-simple-code-guess · From the bound to...
+def x_0_guess(
+    model: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    prediction: str = "eps",
+) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""A network as a guess (x_t, t) -> x_0_hat, by `to_x_0`; not clipped.
+
+    With `fixed_variance` it is a reverse chain for `variational_bound`. The model is
+    called with the schedule's `timesteps[t]`.
+
+    Args: prediction 'eps', 'x_0', 'v' or 'mean', what the model puts out.
+    Returns: a function. It raises ValueError for 'eps' if beta_T = 1, and TypeError or
+    ValueError for inputs or outputs that do not fit.
+
+    >>> from ddpm_core.schedules import linear
+    >>> guess = x_0_guess(lambda x_t, t: 0 * x_t, linear())
+    >>> round(guess(torch.ones(1, 1), torch.tensor([1])).item(), 5)
+    1.00005
+    """
+
+    def guess(x_t: Tensor, t: Tensor) -> Tensor:
+        output = model(x_t, schedule.timesteps[t])
+        return to_x_0(schedule, x_t, t, output, prediction)
+
+    return guess
