@@ -426,6 +426,30 @@ def step_kl(
     return _per_sample(kl_normal(shift, true, none, model))
 
 
+# --- book/ddpm/bound.ipynb · bound-export-last · Grey levels: the last term of an image
+def last_term(
+    x_0: Tensor, x_0_hat: Tensor, variance: Tensor, levels: int | None = None
+) -> Tensor:
+    r"""L_0 = -log p(x_0 | x_1) in nats per sample: of a density, or of grey levels.
+
+    `eq-bound-last` without levels, `eq-bound-cell` with them; Ho et al. 2020, (13).
+    Args: x_0, x_0_hat: float tensors [B, ...]. variance: sigma_1^2, [B, 1, ...] or like
+        x_0. levels: how many grey levels x_0 has in [-1, 1]; None for real numbers.
+    Returns: [B]. Raises: TypeError, ValueError for anything else.
+    >>> x = torch.zeros(1, 1)
+    >>> last_term(x, x, x + 1 / (2 * math.pi))
+    tensor([0.])
+    """
+    checks.tensor("x_0", x_0)
+    checks.same_shape("x_0_hat", x_0_hat, "x_0", x_0)
+    checks.integer("x_0.ndim", x_0.ndim, 1)
+    spread = _like_samples("variance", variance, x_0)
+    if levels is not None:
+        return -_per_sample(discretised_log_likelihood(x_0, x_0_hat, spread, levels))
+    square = (x_0 - x_0_hat).square() / spread
+    return 0.5 * _per_sample(square + spread.log() + math.log(2 * math.pi))
+
+
 # --- book/ddpm/bound.ipynb · bound-export-term · The bound of any model, in code
 Guess = Callable[[Tensor, Tensor], Tensor]
 Reverse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -456,29 +480,6 @@ def fixed_variance(
         return (x_0_hat.clamp(-1, 1) if clip else x_0_hat), at(table, t, x_t)
 
     return reverse
-
-
-def last_term(
-    x_0: Tensor, x_0_hat: Tensor, variance: Tensor, levels: int | None = None
-) -> Tensor:
-    r"""L_0 = -log p(x_0 | x_1) in nats per sample: of a density, or of grey levels.
-
-    `eq-bound-last` without levels, `eq-bound-cell` with them; Ho et al. 2020, (13).
-    Args: x_0, x_0_hat: float tensors [B, ...]. variance: sigma_1^2, [B, 1, ...] or like
-        x_0. levels: how many grey levels x_0 has in [-1, 1]; None for real numbers.
-    Returns: [B]. Raises: TypeError, ValueError for anything else.
-    >>> x = torch.zeros(1, 1)
-    >>> last_term(x, x, x + 1 / (2 * math.pi))
-    tensor([0.])
-    """
-    checks.tensor("x_0", x_0)
-    checks.same_shape("x_0_hat", x_0_hat, "x_0", x_0)
-    checks.integer("x_0.ndim", x_0.ndim, 1)
-    spread = _like_samples("variance", variance, x_0)
-    if levels is not None:
-        return -_per_sample(discretised_log_likelihood(x_0, x_0_hat, spread, levels))
-    square = (x_0 - x_0_hat).square() / spread
-    return 0.5 * _per_sample(square + spread.log() + math.log(2 * math.pi))
 
 
 def bound_term(
