@@ -34,7 +34,8 @@ from ddpm_core.schedules import Schedule, cosine, from_beta, linear, scaled_line
 
 LINEAR = linear(1000)
 relaxed = settings(deadline=None, max_examples=40)
-ALL = [LINEAR, cosine(1000), scaled_linear(1000), linear(30), cosine(2)]
+BLOG = from_beta(torch.linspace(1e-4, 0.02, 200, dtype=torch.float64), "unscaled")
+ALL = [LINEAR, cosine(1000), scaled_linear(1000), linear(30), cosine(2), BLOG]
 
 
 def residual(schedule: Schedule, s2: float) -> Tensor:
@@ -95,11 +96,10 @@ def test_price_of_the_start(s2: float, price: float) -> None:
 
 
 def test_unscaled_schedule_pays() -> None:
-    blog = from_beta(torch.linspace(1e-4, 0.02, 200, dtype=torch.float64))
-    assert gap(blog, 0.25, exact_variance(blog, 0.25)) == pytest.approx(
+    assert gap(BLOG, 0.25, exact_variance(BLOG, 0.25)) == pytest.approx(
         2.63255e-3, abs=5e-9
     )
-    prior, steps, last = terms(blog, 0.25, exact_variance(blog, 0.25))
+    prior, steps, last = terms(BLOG, 0.25, exact_variance(BLOG, 0.25))
     assert prior == pytest.approx(0.0213, abs=5e-5)
     assert steps.sum().item() == pytest.approx(3.893, abs=5e-4)
     assert last == pytest.approx(-3.186, abs=5e-4)
