@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,27 +19,39 @@ from ddpm_core.process import (
     posterior_mean,
     posterior_variance,
     q_sample,
+    reverse_variance,
     signal_left,
+    to_x_0,
 )
 from ddpm_core.schedules import Schedule
 
 __all__ = [
+    "Bound",
+    "BoundChunk",
+    "Guess",
     "KLEstimate",
+    "Reverse",
     "bits_per_dim",
+    "bound_chunks",
+    "bound_term",
     "discretised_log_likelihood",
     "eps_weight",
+    "fixed_variance",
     "kl_bernoulli",
     "kl_categorical",
     "kl_multivariate_normal",
     "kl_normal",
     "kl_standard_normal",
     "kl_term",
+    "last_term",
     "min_snr_weight",
     "monte_carlo_kl",
     "prior_kl",
     "simple_loss",
     "step_kl",
     "target",
+    "variational_bound",
+    "x_0_guess",
 ]
 
 
@@ -394,39 +406,235 @@ def prior_kl(schedule: Schedule, x_0: Tensor) -> Tensor:
     return _per_sample(0.5 * (spread + at(schedule.alpha_bar, t, x_0) * x_0**2))
 
 
+def _like_samples(name: str, y: Tensor, x_0: Tensor) -> Tensor:
+    """A tensor [B, 1, ...] or like x_0, spread out to x_0's shape."""
+    checks.tensor(name, y, ndim=x_0.ndim)
+    checks.same_device(name, y, "x_0", x_0)
+    if y.shape not in (x_0.shape, x_0.shape[:1] + (1,) * (x_0.ndim - 1)):
+        right = (
+            f"be like x_0, {tuple(x_0.shape)}, or hold one number a sample, [B, 1, ...]"
+        )
+        raise ValueError(f"{name} must {right}; got shape {tuple(y.shape)}")
+    return y.to(x_0.dtype).expand_as(x_0)
+
+
 def step_kl(
-    schedule: Schedule,
-    x_0: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    x_0_hat: Tensor,
-    variance: Tensor,
+    schedule: Schedule, x_0: Tensor, t: Tensor, x_0_hat: Tensor, variance: Tensor
 ) -> Tensor:
     r"""L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats per sample.
 
-    Equation `eq-bound-step`; Ho et al. 2020, (5) and (8). p's mean is `posterior_mean`
-    of x_0_hat, so x_t cancels.
-    Args: x_0, x_t, x_0_hat: float tensors [B, ...]; x_0_hat is the model's prediction.
-        t: int64 [B], 2..T. variance: table [T+1] of the sigma_t^2, above 0 from 2 on.
+    Equation `eq-bound-step-x-0`; Ho et al. 2020, (5) and (8). p has the mean that
+    `posterior_mean` gives at x_0_hat, so x_t cancels and is not asked for.
+    Args: x_0, x_0_hat: float tensors [B, ...]. t: int64 [B], 2..T. variance: sigma_t^2
+        above 0, [B, 1, ...] as `at(table, t, x_0)` gives it, or like x_0 if learned.
     Returns: [B], summed over all dimensions. Raises: TypeError, ValueError otherwise.
     >>> from ddpm_core.schedules import linear
     >>> one, t = torch.ones(1, 1), torch.tensor([2])
-    >>> step_kl(linear(), one, one, t, one, posterior_variance(linear()))
+    >>> step_kl(linear(), one, t, one, at(posterior_variance(linear()), t, one))
     tensor([0.])
     """
     checks.tensor("x_0", x_0)
-    checks.same_shape("x_t", x_t, "x_0", x_0)
     checks.same_shape("x_0_hat", x_0_hat, "x_0", x_0)
     checks.integer("x_0.ndim", x_0.ndim, 1)
-    checks.finite("x_t", x_t)
     checks.timesteps("t", t, schedule.T, x_0.shape[0], low=2)
-    checks.tensor("variance", variance, shape=(schedule.T + 1,))
+    model = _like_samples("variance", variance, x_0)
     # The mean is linear in (x_0, x_t): the difference of the two means is the mean of
     # the differences. Subtracting the means themselves would lose digits in float32.
-    shift = posterior_mean(schedule, x_0 - x_0_hat, x_t - x_t, t)
+    none = torch.zeros_like(x_0)
+    shift = posterior_mean(schedule, x_0 - x_0_hat, none, t)
     true = at(posterior_variance(schedule), t, x_0).expand_as(x_0)
-    model = at(variance, t, x_0).expand_as(x_0)
-    return _per_sample(kl_normal(shift, true, torch.zeros_like(shift), model))
+    return _per_sample(kl_normal(shift, true, none, model))
+
+
+# --- book/ddpm/bound.ipynb · bound-export-last · Grey levels: the last term of an image
+def last_term(
+    x_0: Tensor, x_0_hat: Tensor, variance: Tensor, levels: int | None = None
+) -> Tensor:
+    r"""L_0 = -log p(x_0 | x_1) in nats per sample: of a density, or of grey levels.
+
+    `eq-bound-last` without levels, `eq-bound-cell` with them; Ho et al. 2020, (13).
+    Args: x_0, x_0_hat: float tensors [B, ...]. variance: sigma_1^2, [B, 1, ...] or like
+        x_0. levels: how many grey levels x_0 has in [-1, 1]; None for real numbers.
+    Returns: [B]. Raises: TypeError, ValueError for anything else.
+    >>> x = torch.zeros(1, 1)
+    >>> last_term(x, x, x + 1)
+    tensor([0.9189])
+    """
+    checks.tensor("x_0", x_0)
+    checks.same_shape("x_0_hat", x_0_hat, "x_0", x_0)
+    checks.integer("x_0.ndim", x_0.ndim, 1)
+    spread = _like_samples("variance", variance, x_0)
+    if levels is not None:
+        return -_per_sample(discretised_log_likelihood(x_0, x_0_hat, spread, levels))
+    square = (x_0 - x_0_hat).square() / spread
+    return 0.5 * _per_sample(square + spread.log() + math.log(2 * math.pi))
+
+
+# --- book/ddpm/bound.ipynb · bound-export-term · The bound of any model, in code
+Guess = Callable[[Tensor, Tensor], Tensor]
+Reverse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def fixed_variance(
+    guess: Guess, schedule: Schedule, variance: str | Tensor, *, clip: bool = False
+) -> Reverse:
+    r"""A reverse chain (x_t, t) -> (x_0_hat, sigma_t^2) whose variances are a table.
+
+    `eq-posterior-rules`; Ho et al. 2020, section 3.2. A network that learns its
+    variance needs no such wrapper: let it return both.
+    Args: guess: (x_t, t) -> x_0_hat like x_t. variance: a rule of `reverse_variance` or
+        a table [T+1]. clip: cut x_0_hat to [-1, 1].
+    Returns: a function. Raises: TypeError, ValueError for an unknown rule or table.
+    >>> from ddpm_core.schedules import linear
+    >>> reverse = fixed_variance(lambda x_t, t: x_t, linear(), "fixed_small")
+    >>> [tuple(part.shape) for part in reverse(torch.ones(2, 3), torch.tensor([1, 2]))]
+    [(2, 3), (2, 1)]
+    """
+    table = (
+        reverse_variance(schedule, variance) if isinstance(variance, str) else variance
+    )
+    checks.tensor("variance", table, shape=(schedule.T + 1,))
+
+    def reverse(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x_0_hat = guess(x_t, t)
+        return (x_0_hat.clamp(-1, 1) if clip else x_0_hat), at(table, t, x_t)
+
+    return reverse
+
+
+def bound_term(
+    reverse: Reverse,
+    schedule: Schedule,
+    x_0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    levels: int | None = None,
+) -> Tensor:
+    r"""The bound's term of step t at one draw of x_t: L_{t-1}, and L_0 where t = 1.
+
+    `eq-bound-terms`; Ho et al. 2020, (5). Differentiable, for any fixed or learned
+    variance: reverse(x_t, t) gives (x_0_hat like x_t, variance [B, 1, ...] or like x_t).
+    Args: x_0, eps: [B, ...]. t: int64 [B], 1..T. levels: as in `last_term`.
+    Returns: [B], nats per sample. Raises: TypeError, ValueError for anything else.
+    >>> from ddpm_core.schedules import linear
+    >>> reverse = fixed_variance(lambda x_t, t: 0 * x_t, linear(), "fixed_small")
+    >>> x_0, t = torch.zeros(1, 3), torch.tensor([9])
+    >>> bound_term(reverse, linear(), x_0, t, eps=x_0 + 1)
+    tensor([0.])
+    """
+    x_0_hat, variance = reverse(q_sample(schedule, x_0, t, eps), t)
+    last = last_term(x_0, x_0_hat, variance, levels)
+    if schedule.T == 1:
+        return last
+    step = step_kl(schedule, x_0, t.clamp(min=2), x_0_hat, variance)
+    return torch.where(t == 1, last, step)
+
+
+# --- book/ddpm/bound.ipynb · bound-export-whole · The bound of any model, in code
+class BoundChunk(NamedTuple):
+    """Terms of some steps: `t` int64 [n] and `terms` [n, B] in nats per sample."""
+
+    t: Tensor
+    terms: Tensor
+
+
+def bound_chunks(
+    reverse: Reverse,
+    schedule: Schedule,
+    x_0: Tensor,
+    steps: Sequence[int] | None = None,
+    *,
+    levels: int | None = None,
+    chunk: int = 8,
+    generator: torch.Generator | None = None,
+) -> Iterator[BoundChunk]:
+    r"""The terms L_0, L_1, ..., L_{T-1} of `eq-bound-terms`, a few steps at a time.
+
+    Each step draws its own noise, on the CPU, so the numbers do not depend on `chunk`.
+    Args: reverse, levels: as in `bound_term`. x_0: [B, ...]. steps: those wanted, in
+        1..T, repeats allowed; all by default. chunk: steps evaluated together.
+    Returns: an iterator of BoundChunk, without gradients. Raises: TypeError, ValueError.
+    >>> from ddpm_core.schedules import linear
+    >>> reverse = fixed_variance(lambda x_t, t: 0 * x_t, linear(), "fixed_small")
+    >>> parts = bound_chunks(reverse, linear(), torch.ones(2, 3), range(1, 13))
+    >>> [len(part.t) for part in parts]
+    [8, 4]
+    """
+    checks.tensor("x_0", x_0)
+    checks.integer("the number of samples x_0", x_0.shape[0] if x_0.ndim else 0, 1)
+    checks.integer("chunk", chunk, 1)
+    wanted = range(1, schedule.T + 1) if steps is None else steps
+    wanted = [checks.integer("each of steps", t, 1, schedule.T) for t in wanted]
+    kind = torch.float64 if x_0.dtype == torch.float64 else torch.float32
+    keep = [1] * (x_0.ndim - 1)
+
+    @torch.no_grad()
+    def terms_of(some: list[int]) -> BoundChunk:
+        draws = [torch.randn(x_0.shape, generator=generator, dtype=kind) for _ in some]
+        eps = torch.cat(draws).to(x_0.dtype).to(x_0.device)
+        t = torch.tensor(some, device=x_0.device)
+        each, many = t.repeat_interleave(x_0.shape[0]), x_0.repeat(len(some), *keep)
+        terms = bound_term(reverse, schedule, many, each, eps, levels)
+        return BoundChunk(t, terms.reshape(len(some), -1))
+
+    parts = range(0, len(wanted), chunk)
+    return (terms_of(wanted[first : first + chunk]) for first in parts)
+
+
+class Bound(NamedTuple):
+    """A bound in nats per sample, [B] each; `by_t` [T+1] holds means over the batch.
+
+    by_t[1] is the mean of L_0, by_t[t] that of L_{t-1}; by_t[0] is NaN.
+    """
+
+    prior: Tensor
+    steps: Tensor
+    last: Tensor
+    by_t: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """L_T plus the sum of the steps plus L_0, [B]."""
+        return self.prior + self.steps + self.last
+
+
+def variational_bound(
+    reverse: Reverse,
+    schedule: Schedule,
+    x_0: Tensor,
+    *,
+    levels: int | None = None,
+    repeats: int = 1,
+    chunk: int = 8,
+    generator: torch.Generator | None = None,
+) -> Bound:
+    r"""-log p(x_0) <= L_T + sum of L_{t-1} + L_0, estimated with noise at every t.
+
+    `eq-bound-terms`; Ho et al. 2020, (5). Unbiased; memory does not grow with T. Put a
+    network into `eval()` before.
+    Args: reverse, levels: as in `bound_term`; chunk, generator: as in `bound_chunks`.
+        x_0: [B, ...]. repeats: draws of the noise at every t.
+    Returns: Bound. Raises: TypeError, ValueError for anything else.
+    >>> from ddpm_core.schedules import linear
+    >>> reverse = fixed_variance(lambda x_t, t: 0 * x_t, linear(), "fixed_small")
+    >>> f"{variational_bound(reverse, linear(), torch.zeros(1, 1)).total.item():.2f}"
+    '-3.99'
+    """
+    checks.integer("repeats", repeats, 1)
+    prior = prior_kl(schedule, x_0)
+    steps, last = torch.zeros_like(prior), torch.zeros_like(prior)
+    by_t = prior.new_zeros(schedule.T + 1)
+    wanted = [t for t in range(1, schedule.T + 1) for _ in range(repeats)]
+    parts = bound_chunks(
+        reverse, schedule, x_0, wanted, levels=levels, chunk=chunk, generator=generator
+    )
+    for t, terms in parts:
+        first = (t == 1)[:, None]
+        last += torch.where(first, terms, 0.0).sum(0) / repeats
+        steps += torch.where(first, 0.0, terms).sum(0) / repeats
+        by_t.index_add_(0, t, terms.mean(1) / repeats)
+    by_t[0] = math.nan
+    return Bound(prior, steps, last, by_t)
 
 
 # --- book/ddpm/l_simple.ipynb · l-simple-code-loss · The best answer is a...
@@ -539,3 +747,31 @@ def min_snr_weight(schedule: Schedule, gamma: float, prediction: str) -> Tensor:
     snr[0] = float("nan")
     scale = {"eps": 1 / snr, "x_0": torch.ones_like(snr), "v": 1 / (snr + 1)}
     return snr.clamp(max=gamma) * scale[prediction]
+
+
+# --- book/ddpm/l_simple.ipynb · l-simple-code-guess · From the bound to...
+def x_0_guess(
+    model: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    prediction: str = "eps",
+) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""A network as a guess (x_t, t) -> x_0_hat, by `to_x_0`; not clipped.
+
+    With `fixed_variance` it is a reverse chain for `variational_bound`. The model is
+    called with the schedule's `timesteps[t]`.
+
+    Args: prediction 'eps', 'x_0', 'v' or 'mean', what the model puts out.
+    Returns: a function. It raises ValueError for 'eps' if beta_T = 1, and TypeError or
+    ValueError for inputs or outputs that do not fit.
+
+    >>> from ddpm_core.schedules import linear
+    >>> guess = x_0_guess(lambda x_t, t: 0 * x_t, linear())
+    >>> round(guess(torch.ones(1, 1), torch.tensor([1])).item(), 5)
+    1.00005
+    """
+
+    def guess(x_t: Tensor, t: Tensor) -> Tensor:
+        output = model(x_t, schedule.timesteps[t])
+        return to_x_0(schedule, x_t, t, output, prediction)
+
+    return guess
