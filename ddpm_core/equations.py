@@ -301,4 +301,10 @@ def same(left: sympy.Expr, right: sympy.Expr) -> bool:
     >>> same(parse("(x+1)^2"), parse("x^2 + 2 x + 1"))
     True
     """
-    return bool(sympy.simplify(sympy.expand(left - right)) == 0)
+    difference = sympy.sympify(left - right)
+    names = sorted(difference.free_symbols, key=str)
+    point = {s: sympy.Float(0.11 + 0.07 * i) for i, s in enumerate(names)}
+    number = difference.evalf(subs=point)  # a cheap look first: one point may suffice
+    if number.is_number and abs(number) > 1e-6:
+        return False
+    return bool(sympy.simplify(sympy.expand(difference)) == 0)

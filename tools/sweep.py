@@ -31,7 +31,7 @@ from ddpm_core import equations as reader
 
 LISTED = ROOT / "tests" / "sweep.toml"
 ROOTED = re.compile(r"\\sqrt\s*\{")
-OPENING = re.compile(r"\((?=[^()]*[-+])")
+OPENING = re.compile(r"(?:\\left\s*)?\((?=[^()]*[-+])")
 STRANGER = "0.6173"  # stands for a symbol that a slip brought in
 
 
@@ -76,18 +76,6 @@ class Swept:
     unread: list[str] = field(default_factory=list)
     survivors: list[tuple[str, str, str]] = field(default_factory=list)
     errors: list[tuple[str, str, str, str]] = field(default_factory=list)
-
-
-class Page(dict[str, str]):
-    """The equations as the checks see them; remembers which were read."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.read: set[str] = set()
-
-    def __getitem__(self, label: str) -> str:
-        self.read.add(label)
-        return super().__getitem__(label)
 
 
 @dataclass
@@ -138,7 +126,7 @@ class Bench:
     def __init__(self, chapter: tool.Chapter) -> None:
         self.chapter = chapter
         tool.load_page(chapter.cells, chapter.path)
-        self.page = Page(reader.equations())
+        self.page = tool.Page(reader.equations())
         self.steps: dict[str, list[Statement]] = {}
         self.whole: set[str] = set()  # labels whose checks are run from their start
         space: dict[str, Any] = {"__name__": "__main__", "__sweep__": True}
@@ -152,13 +140,8 @@ class Bench:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The reader reads from this page; nothing is printed."""
-        original = reader.equations
-        reader.equations = lambda: self.page
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                yield
-        finally:
-            reader.equations = original
+        with tool.reading(self.page), contextlib.redirect_stdout(io.StringIO()):
+            yield
 
     def stepwise(self, cell: Cell, space: dict[str, Any]) -> Iterator[Statement]:
         """Run a check statement by statement."""
@@ -273,8 +256,8 @@ def signs_and_roots(label: str, text: str) -> Iterator[Slip]:
         content = text[match.end() : end]
         yield Slip(label, match.start(), end + 1, f"({content})", "root")
     for match in OPENING.finditer(text):
-        end = closing(text, match.start())
-        content = text[match.end() : end]
+        end = closing(text, match.end() - 1)
+        content = re.sub(r"\\right\s*$", "", text[match.end() : end])
         if end > 0 and is_positive(content):
             new = rf"\sqrt{{{content}}}"
             yield Slip(label, match.start(), end + 1, new, "root")
