@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-# --- book/ddpm/forward.ipynb · forward-schedule · Reading a table
+# --- book/ddpm/forward.ipynb · forward-schedule · The tables
 @dataclass(frozen=True, eq=False)
 class Schedule:
     r"""A noise schedule: tables [T+1] indexed by t, entry 0 being the clean data.
