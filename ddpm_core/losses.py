@@ -1,7 +1,9 @@
 """Written by tools/extract.py; edit the chapters:
 
 - book/foundations/kl.ipynb
+- book/foundations/elbo.ipynb
 - book/foundations/vae.ipynb
+- book/foundations/gan.ipynb
 - book/ddpm/bound.ipynb
 - book/ddpm/l_simple.ipynb
 """
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_core import checks
 from ddpm_core.process import (
@@ -28,6 +30,7 @@ from ddpm_core.schedules import Schedule
 __all__ = [
     "Bound",
     "BoundChunk",
+    "BoundEstimate",
     "Guess",
     "KLEstimate",
     "Reverse",
@@ -35,8 +38,15 @@ __all__ = [
     "bound_chunks",
     "bound_term",
     "discretised_log_likelihood",
+    "discriminator_loss",
+    "effective_sample_size",
+    "elbo",
     "eps_weight",
     "fixed_variance",
+    "generator_loss",
+    "gradient_penalty",
+    "importance_weighted_bound",
+    "js_categorical",
     "kl_bernoulli",
     "kl_categorical",
     "kl_multivariate_normal",
@@ -45,6 +55,7 @@ __all__ = [
     "kl_term",
     "last_term",
     "min_snr_weight",
+    "monte_carlo_js",
     "monte_carlo_kl",
     "prior_kl",
     "simple_loss",
@@ -260,6 +271,86 @@ def monte_carlo_kl(
     return KLEstimate(each.mean(), each.std() / math.sqrt(len(each)))
 
 
+# --- book/foundations/elbo.ipynb · elbo-export-elbo · Climbing without a closed form
+class BoundEstimate(NamedTuple):
+    """A Monte Carlo estimate of a bound on log p(x), nats, with its standard error."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def _log_weight(log_joint: Tensor, log_q: Tensor) -> Tensor:
+    """The log weights of samples z of q; at least two along the first axis."""
+    checks.tensor("log_joint", log_joint)
+    checks.tensor("log_q", log_q)
+    checks.same_shape("log_joint", log_joint, "log_q", log_q)
+    checks.same_device("log_joint", log_joint, "log_q", log_q)
+    count = log_joint.shape[0] if log_joint.ndim else 0
+    checks.integer("the number of repetitions in log_joint", count, 2)
+    checks.between("log_joint", log_joint, -math.inf, torch.finfo(log_joint.dtype).max)
+    checks.finite("log_q, z drawn from q,", log_q)
+    return log_joint - log_q
+
+
+def elbo(log_joint: Tensor, log_q: Tensor) -> BoundEstimate:
+    r"""Evidence lower bound from samples z_n of q, with its standard error.
+
+    Equation `eq-elbo-estimate`. To be made large: as a loss, take its negative.
+    Args: log_joint: [N, ...] log p(x, z_n), N >= 2 (-inf where p is 0). log_q: the
+        same shape, log q(z_n). Gradients pass through both.
+    Returns: BoundEstimate of two tensors [...]. Raises: TypeError, ValueError.
+    >>> log_q = torch.zeros(4)
+    >>> elbo(torch.tensor([-1.0, -2.0, -3.0, -2.0]), log_q).value
+    tensor(-2.)
+    """
+    each = _log_weight(log_joint, log_q)
+    return BoundEstimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
+
+
+# --- book/foundations/elbo.ipynb · elbo-export-importance · Several samples, a...
+def importance_weighted_bound(log_joint: Tensor, log_q: Tensor) -> BoundEstimate:
+    r"""Bound on log p(x) from K samples at a time, estimated by N repetitions.
+
+    Equation `eq-elbo-iw`; Burda et al. (2016), section 3. K = 1 gives `elbo`.
+    Args: log_joint: [N, K, ...] log p(x, z), N >= 2 repetitions, K >= 1 samples of q
+        each (-inf where p is 0). log_q: the same shape, log q(z).
+    Returns: BoundEstimate of two tensors [...]. Raises: TypeError, ValueError.
+    >>> log_joint = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    >>> importance_weighted_bound(log_joint, torch.zeros(2, 2)).value
+    tensor(1.4338)
+    """
+    log_weight = _log_weight(log_joint, log_q)
+    samples = log_weight.shape[1] if log_weight.ndim > 1 else 0
+    checks.integer("the number of samples in log_joint", samples, 1)
+    each = log_weight.logsumexp(1) - math.log(samples)
+    return BoundEstimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
+
+
+# --- book/foundations/elbo.ipynb · elbo-export-ess · Several samples, a smaller gap
+def effective_sample_size(log_weight: Tensor, dim: int = -1) -> Tensor:
+    r"""How many equally weighted samples the weights along dim are worth, 1 to K.
+
+    Equation `eq-elbo-ess`; weights need not be normalised. 0 if all of them are 0.
+    Args: log_weight: float tensor, log p(x, z_k) - log q(z_k) along dim; -inf is a
+        weight of 0.
+    Returns: its shape without dim. Raises: TypeError, ValueError for anything else.
+    >>> effective_sample_size(torch.tensor([[0.0, 0.0], [5.0, -torch.inf]]))
+    tensor([2., 1.])
+    """
+    checks.tensor("log_weight", log_weight)
+    checks.integer("log_weight.ndim", log_weight.ndim, 1)
+    dim = checks.integer("dim", dim, -log_weight.ndim, log_weight.ndim - 1)
+    checks.integer("the number of weights", log_weight.shape[dim], 1)
+    checks.between(
+        "log_weight", log_weight, -math.inf, torch.finfo(log_weight.dtype).max
+    )
+    largest = log_weight.amax(dim, keepdim=True)
+    some = largest > -math.inf
+    weight = (log_weight - torch.where(some, largest, 0.0)).exp()  # the largest is 1
+    squares = weight.square().sum(dim)
+    return weight.sum(dim).square() / torch.where(some.squeeze(dim), squares, 1.0)
+
+
 # --- book/foundations/vae.ipynb · vae-export-kl · The regulariser in closed form
 def kl_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
     r"""KL(N(mean, exp(log_variance)) || N(0, 1)) in nats, elementwise, `eq-vae-kl`.
@@ -378,6 +469,119 @@ def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
     """
     checks.tensor("nats", nats)
     return nats / (checks.integer("dims", dims, 1) * math.log(2))
+
+
+# --- book/foundations/gan.ipynb · gan-export-game · The game
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    r"""Minus the value of the GAN game, -V(D, G): what the discriminator minimises.
+
+    Equation `eq-gan-value`; Goodfellow et al. 2014, (1). Half of it is the mean binary
+    cross-entropy in nats (`eq-gan-mean-cross-entropy`).
+    Args: real, fake: logits of D on data and on samples, float tensors, not empty; each
+        is averaged by itself.
+    Returns: a scalar. Raises: TypeError, ValueError for anything else.
+    >>> discriminator_loss(torch.zeros(3), torch.zeros(5))
+    tensor(1.3863)
+    """
+    for name, logits in (("real", real), ("fake", fake)):
+        checks.tensor(name, logits)
+        checks.integer(f"the number of logits {name}", logits.numel(), 1)
+    softplus = nn.functional.softplus
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+# --- book/foundations/gan.ipynb · gan-export-js · What the best discriminator leaves
+def js_categorical(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
+    r"""Jensen-Shannon divergence in nats of lists of probabilities along dim.
+
+    Equation `eq-gan-js`: symmetric, 0 exactly for equal lists, log 2 for disjoint ones.
+    Args: p, q: float tensors of one shape; entries in [0, 1] summing to 1 along dim.
+    Returns: their shape without dim.
+    Raises: TypeError, ValueError for anything else.
+    >>> js_categorical(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    tensor(0.6931)
+    """
+    _check_pair("p", p, "q", q)
+    dim = checks.integer("dim", dim, -p.ndim, p.ndim - 1)
+    _check_probabilities("p", p, dim)
+    _check_probabilities("q", q, dim)
+    each = kl_term(2 * p, p + q) + kl_term(2 * q, p + q)
+    return each.sum(dim) / 4
+
+
+# --- book/foundations/gan.ipynb · gan-export-monte-carlo · Estimating it from samples
+def monte_carlo_js(
+    log_p: Callable[[Tensor], Tensor],
+    log_q: Callable[[Tensor], Tensor],
+    x_p: Tensor,
+    x_q: Tensor,
+) -> KLEstimate:
+    r"""Jensen-Shannon divergence estimated from samples of both laws, with its error.
+
+    Equation `eq-gan-monte-carlo`; unbiased, never above log 2.
+    Args: log_p, log_q: x -> log-densities [N] (nats), -inf where there is none. x_p,
+        x_q: [N, ...] and [N', ...], samples of p and of q, at least two of each.
+    Returns: KLEstimate of two scalars. Raises: TypeError, ValueError for anything else.
+    >>> x = torch.tensor([-1.0, 1.0])
+    >>> f"{monte_carlo_js(lambda x: -x**2, lambda x: -x**2, x, x).value:.3f}"
+    '0.000'
+    """
+    halves = []
+    for name, x, own, other in (("p", x_p, log_p, log_q), ("q", x_q, log_q, log_p)):
+        checks.tensor(f"x_{name}", x)
+        checks.integer(f"the number of x_{name}", x.shape[0] if x.ndim else 0, 2)
+        checks.finite(f"x_{name}", x)
+        at_own, at_other = own(x), other(x)
+        checks.tensor(f"the log-density of {name}", at_own, shape=(x.shape[0],))
+        checks.tensor("the other log-density", at_other, shape=(x.shape[0],))
+        checks.finite(f"the log-density of {name} at its own samples", at_own)
+        highest = torch.finfo(at_other.dtype).max
+        checks.between("the other log-density", at_other, -math.inf, highest)
+        halves.append(nn.functional.softplus(at_other - at_own) / 2)
+    value = math.log(2) - halves[0].mean() - halves[1].mean()
+    squares = [half.var() / len(half) for half in halves]
+    return KLEstimate(value, (squares[0] + squares[1]).sqrt())
+
+
+# --- book/foundations/gan.ipynb · gan-export-generator · What the generator feels
+def generator_loss(fake: Tensor, kind: str = "non_saturating") -> Tensor:
+    r"""What a GAN's generator minimises, from the logits of D on its samples.
+
+    "non_saturating" is the mean of -log D (`eq-gan-non-saturating-slope`), "saturating"
+    that of log(1 - D) (`eq-gan-saturating-slope`); Goodfellow et al. 2014, section 3.
+    Args: fake: logits, a float tensor, not empty.
+    Returns: a scalar. Raises: TypeError, ValueError for anything else.
+    >>> generator_loss(torch.zeros(5)), generator_loss(torch.zeros(5), "saturating")
+    (tensor(0.6931), tensor(-0.6931))
+    """
+    checks.one_of("kind", kind, ("non_saturating", "saturating"))
+    checks.tensor("fake", fake)
+    checks.integer("the number of logits fake", fake.numel(), 1)
+    softplus = nn.functional.softplus
+    return (
+        softplus(-fake).mean() if kind == "non_saturating" else -softplus(fake).mean()
+    )
+
+
+# --- book/foundations/gan.ipynb · gan-export-penalty · Why the game circles, and a...
+def gradient_penalty(discriminator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    r"""Squared length of the slope of a discriminator's logits by its input, [B].
+
+    The mean over data, times lambda/2, is R1 (`eq-gan-penalty`; Mescheder et al. 2018,
+    (9)). It can be differentiated by the discriminator's weights.
+    Args: discriminator: x -> logits, each of its own x only. x: float tensor [B, ...],
+        finite; it may hold several points for each of its B rows, whose terms add up.
+    Returns: [B]. Raises: TypeError, ValueError for anything else.
+    >>> gradient_penalty(lambda x: (x**2).sum(1), torch.ones(1, 3))
+    tensor([12.], grad_fn=<SumBackward1>)
+    """
+    checks.tensor("x", x)
+    checks.integer("x.ndim", x.ndim, 1)
+    checks.finite("x", x)
+    x = x.detach().requires_grad_()
+    total = discriminator(x).sum()
+    (slope,) = torch.autograd.grad(total, x, create_graph=True)
+    return slope.square().reshape(len(x), -1).sum(1)
 
 
 # --- book/ddpm/bound.ipynb · bound-export-terms · Closed forms
