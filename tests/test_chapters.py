@@ -194,8 +194,8 @@ def check_module(cell, module, position):
     assert latest < position, f"{cell}: import names from ddpm_core.{module} one by one"
 
 
-ORDER = ["checks", "schedules", "equations", "process", "losses", "oracles", "samplers"]
-ORDER += ["unet", "ema", "files", "data", "metrics", "plots", "training"]
+ORDER = ["checks", "schedules", "equations", "process", "losses", "vae", "oracles"]
+ORDER += ["samplers", "unet", "ema", "files", "data", "metrics", "plots", "training"]
 
 
 def test_imports_in_the_package_point_one_way():
