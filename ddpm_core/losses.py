@@ -1,17 +1,19 @@
 """Written by tools/extract.py; edit the chapters:
 
 - book/foundations/kl.ipynb
+- book/foundations/elbo.ipynb
 - book/foundations/vae.ipynb
+- book/foundations/gan.ipynb
 - book/ddpm/bound.ipynb
 - book/ddpm/l_simple.ipynb
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_core import checks
 from ddpm_core.process import (
@@ -19,27 +21,48 @@ from ddpm_core.process import (
     posterior_mean,
     posterior_variance,
     q_sample,
+    reverse_variance,
     signal_left,
+    to_x_0,
 )
 from ddpm_core.schedules import Schedule
 
 __all__ = [
+    "Bound",
+    "BoundChunk",
+    "BoundEstimate",
+    "Guess",
     "KLEstimate",
+    "Reverse",
     "bits_per_dim",
+    "bound_chunks",
+    "bound_term",
     "discretised_log_likelihood",
+    "discriminator_loss",
+    "effective_sample_size",
+    "elbo",
     "eps_weight",
+    "fixed_variance",
+    "generator_loss",
+    "gradient_penalty",
+    "importance_weighted_bound",
+    "js_categorical",
     "kl_bernoulli",
     "kl_categorical",
     "kl_multivariate_normal",
     "kl_normal",
     "kl_standard_normal",
     "kl_term",
+    "last_term",
     "min_snr_weight",
+    "monte_carlo_js",
     "monte_carlo_kl",
     "prior_kl",
     "simple_loss",
     "step_kl",
     "target",
+    "variational_bound",
+    "x_0_guess",
 ]
 
 
@@ -248,6 +271,86 @@ def monte_carlo_kl(
     return KLEstimate(each.mean(), each.std() / math.sqrt(len(each)))
 
 
+# --- book/foundations/elbo.ipynb · elbo-export-elbo · Climbing without a closed form
+class BoundEstimate(NamedTuple):
+    """A Monte Carlo estimate of a bound on log p(x), nats, with its standard error."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def _log_weight(log_joint: Tensor, log_q: Tensor) -> Tensor:
+    """The log weights of samples z of q; at least two along the first axis."""
+    checks.tensor("log_joint", log_joint)
+    checks.tensor("log_q", log_q)
+    checks.same_shape("log_joint", log_joint, "log_q", log_q)
+    checks.same_device("log_joint", log_joint, "log_q", log_q)
+    count = log_joint.shape[0] if log_joint.ndim else 0
+    checks.integer("the number of repetitions in log_joint", count, 2)
+    checks.between("log_joint", log_joint, -math.inf, torch.finfo(log_joint.dtype).max)
+    checks.finite("log_q, z drawn from q,", log_q)
+    return log_joint - log_q
+
+
+def elbo(log_joint: Tensor, log_q: Tensor) -> BoundEstimate:
+    r"""Evidence lower bound from samples z_n of q, with its standard error.
+
+    Equation `eq-elbo-estimate`. To be made large: as a loss, take its negative.
+    Args: log_joint: [N, ...] log p(x, z_n), N >= 2 (-inf where p is 0). log_q: the
+        same shape, log q(z_n). Gradients pass through both.
+    Returns: BoundEstimate of two tensors [...]. Raises: TypeError, ValueError.
+    >>> log_q = torch.zeros(4)
+    >>> elbo(torch.tensor([-1.0, -2.0, -3.0, -2.0]), log_q).value
+    tensor(-2.)
+    """
+    each = _log_weight(log_joint, log_q)
+    return BoundEstimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
+
+
+# --- book/foundations/elbo.ipynb · elbo-export-importance · Several samples, a...
+def importance_weighted_bound(log_joint: Tensor, log_q: Tensor) -> BoundEstimate:
+    r"""Bound on log p(x) from K samples at a time, estimated by N repetitions.
+
+    Equation `eq-elbo-iw`; Burda et al. (2016), section 3. K = 1 gives `elbo`.
+    Args: log_joint: [N, K, ...] log p(x, z), N >= 2 repetitions, K >= 1 samples of q
+        each (-inf where p is 0). log_q: the same shape, log q(z).
+    Returns: BoundEstimate of two tensors [...]. Raises: TypeError, ValueError.
+    >>> log_joint = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    >>> importance_weighted_bound(log_joint, torch.zeros(2, 2)).value
+    tensor(1.4338)
+    """
+    log_weight = _log_weight(log_joint, log_q)
+    samples = log_weight.shape[1] if log_weight.ndim > 1 else 0
+    checks.integer("the number of samples in log_joint", samples, 1)
+    each = log_weight.logsumexp(1) - math.log(samples)
+    return BoundEstimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
+
+
+# --- book/foundations/elbo.ipynb · elbo-export-ess · Several samples, a smaller gap
+def effective_sample_size(log_weight: Tensor, dim: int = -1) -> Tensor:
+    r"""How many equally weighted samples the weights along dim are worth, 1 to K.
+
+    Equation `eq-elbo-ess`; weights need not be normalised. 0 if all of them are 0.
+    Args: log_weight: float tensor, log p(x, z_k) - log q(z_k) along dim; -inf is a
+        weight of 0.
+    Returns: its shape without dim. Raises: TypeError, ValueError for anything else.
+    >>> effective_sample_size(torch.tensor([[0.0, 0.0], [5.0, -torch.inf]]))
+    tensor([2., 1.])
+    """
+    checks.tensor("log_weight", log_weight)
+    checks.integer("log_weight.ndim", log_weight.ndim, 1)
+    dim = checks.integer("dim", dim, -log_weight.ndim, log_weight.ndim - 1)
+    checks.integer("the number of weights", log_weight.shape[dim], 1)
+    checks.between(
+        "log_weight", log_weight, -math.inf, torch.finfo(log_weight.dtype).max
+    )
+    largest = log_weight.amax(dim, keepdim=True)
+    some = largest > -math.inf
+    weight = (log_weight - torch.where(some, largest, 0.0)).exp()  # the largest is 1
+    squares = weight.square().sum(dim)
+    return weight.sum(dim).square() / torch.where(some.squeeze(dim), squares, 1.0)
+
+
 # --- book/foundations/vae.ipynb · vae-export-kl · The regulariser in closed form
 def kl_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
     r"""KL(N(mean, exp(log_variance)) || N(0, 1)) in nats, elementwise, `eq-vae-kl`.
@@ -368,6 +471,119 @@ def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
     return nats / (checks.integer("dims", dims, 1) * math.log(2))
 
 
+# --- book/foundations/gan.ipynb · gan-export-game · The game
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    r"""Minus the value of the GAN game, -V(D, G): what the discriminator minimises.
+
+    Equation `eq-gan-value`; Goodfellow et al. 2014, (1). Half of it is the mean binary
+    cross-entropy in nats (`eq-gan-mean-cross-entropy`).
+    Args: real, fake: logits of D on data and on samples, float tensors, not empty; each
+        is averaged by itself.
+    Returns: a scalar. Raises: TypeError, ValueError for anything else.
+    >>> discriminator_loss(torch.zeros(3), torch.zeros(5))
+    tensor(1.3863)
+    """
+    for name, logits in (("real", real), ("fake", fake)):
+        checks.tensor(name, logits)
+        checks.integer(f"the number of logits {name}", logits.numel(), 1)
+    softplus = nn.functional.softplus
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+# --- book/foundations/gan.ipynb · gan-export-js · What the best discriminator leaves
+def js_categorical(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
+    r"""Jensen-Shannon divergence in nats of lists of probabilities along dim.
+
+    Equation `eq-gan-js`: symmetric, 0 exactly for equal lists, log 2 for disjoint ones.
+    Args: p, q: float tensors of one shape; entries in [0, 1] summing to 1 along dim.
+    Returns: their shape without dim.
+    Raises: TypeError, ValueError for anything else.
+    >>> js_categorical(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    tensor(0.6931)
+    """
+    _check_pair("p", p, "q", q)
+    dim = checks.integer("dim", dim, -p.ndim, p.ndim - 1)
+    _check_probabilities("p", p, dim)
+    _check_probabilities("q", q, dim)
+    each = kl_term(2 * p, p + q) + kl_term(2 * q, p + q)
+    return each.sum(dim) / 4
+
+
+# --- book/foundations/gan.ipynb · gan-export-monte-carlo · Estimating it from samples
+def monte_carlo_js(
+    log_p: Callable[[Tensor], Tensor],
+    log_q: Callable[[Tensor], Tensor],
+    x_p: Tensor,
+    x_q: Tensor,
+) -> KLEstimate:
+    r"""Jensen-Shannon divergence estimated from samples of both laws, with its error.
+
+    Equation `eq-gan-monte-carlo`; unbiased, never above log 2.
+    Args: log_p, log_q: x -> log-densities [N] (nats), -inf where there is none. x_p,
+        x_q: [N, ...] and [N', ...], samples of p and of q, at least two of each.
+    Returns: KLEstimate of two scalars. Raises: TypeError, ValueError for anything else.
+    >>> x = torch.tensor([-1.0, 1.0])
+    >>> f"{monte_carlo_js(lambda x: -x**2, lambda x: -x**2, x, x).value:.3f}"
+    '0.000'
+    """
+    halves = []
+    for name, x, own, other in (("p", x_p, log_p, log_q), ("q", x_q, log_q, log_p)):
+        checks.tensor(f"x_{name}", x)
+        checks.integer(f"the number of x_{name}", x.shape[0] if x.ndim else 0, 2)
+        checks.finite(f"x_{name}", x)
+        at_own, at_other = own(x), other(x)
+        checks.tensor(f"the log-density of {name}", at_own, shape=(x.shape[0],))
+        checks.tensor("the other log-density", at_other, shape=(x.shape[0],))
+        checks.finite(f"the log-density of {name} at its own samples", at_own)
+        highest = torch.finfo(at_other.dtype).max
+        checks.between("the other log-density", at_other, -math.inf, highest)
+        halves.append(nn.functional.softplus(at_other - at_own) / 2)
+    value = math.log(2) - halves[0].mean() - halves[1].mean()
+    squares = [half.var() / len(half) for half in halves]
+    return KLEstimate(value, (squares[0] + squares[1]).sqrt())
+
+
+# --- book/foundations/gan.ipynb · gan-export-generator · What the generator feels
+def generator_loss(fake: Tensor, kind: str = "non_saturating") -> Tensor:
+    r"""What a GAN's generator minimises, from the logits of D on its samples.
+
+    "non_saturating" is the mean of -log D (`eq-gan-non-saturating-slope`), "saturating"
+    that of log(1 - D) (`eq-gan-saturating-slope`); Goodfellow et al. 2014, section 3.
+    Args: fake: logits, a float tensor, not empty.
+    Returns: a scalar. Raises: TypeError, ValueError for anything else.
+    >>> generator_loss(torch.zeros(5)), generator_loss(torch.zeros(5), "saturating")
+    (tensor(0.6931), tensor(-0.6931))
+    """
+    checks.one_of("kind", kind, ("non_saturating", "saturating"))
+    checks.tensor("fake", fake)
+    checks.integer("the number of logits fake", fake.numel(), 1)
+    softplus = nn.functional.softplus
+    return (
+        softplus(-fake).mean() if kind == "non_saturating" else -softplus(fake).mean()
+    )
+
+
+# --- book/foundations/gan.ipynb · gan-export-penalty · Why the game circles, and a...
+def gradient_penalty(discriminator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    r"""Squared length of the slope of a discriminator's logits by its input, [B].
+
+    The mean over data, times lambda/2, is R1 (`eq-gan-penalty`; Mescheder et al. 2018,
+    (9)). It can be differentiated by the discriminator's weights.
+    Args: discriminator: x -> logits, each of its own x only. x: float tensor [B, ...],
+        finite; it may hold several points for each of its B rows, whose terms add up.
+    Returns: [B]. Raises: TypeError, ValueError for anything else.
+    >>> gradient_penalty(lambda x: (x**2).sum(1), torch.ones(1, 3))
+    tensor([12.], grad_fn=<SumBackward1>)
+    """
+    checks.tensor("x", x)
+    checks.integer("x.ndim", x.ndim, 1)
+    checks.finite("x", x)
+    x = x.detach().requires_grad_()
+    total = discriminator(x).sum()
+    (slope,) = torch.autograd.grad(total, x, create_graph=True)
+    return slope.square().reshape(len(x), -1).sum(1)
+
+
 # --- book/ddpm/bound.ipynb · bound-export-terms · Closed forms
 def _per_sample(x: Tensor) -> Tensor:
     """Sum over everything but the batch: [B, ...] -> [B]."""
@@ -394,39 +610,235 @@ def prior_kl(schedule: Schedule, x_0: Tensor) -> Tensor:
     return _per_sample(0.5 * (spread + at(schedule.alpha_bar, t, x_0) * x_0**2))
 
 
+def _like_samples(name: str, y: Tensor, x_0: Tensor) -> Tensor:
+    """A tensor [B, 1, ...] or like x_0, spread out to x_0's shape."""
+    checks.tensor(name, y, ndim=x_0.ndim)
+    checks.same_device(name, y, "x_0", x_0)
+    if y.shape not in (x_0.shape, x_0.shape[:1] + (1,) * (x_0.ndim - 1)):
+        right = (
+            f"be like x_0, {tuple(x_0.shape)}, or hold one number a sample, [B, 1, ...]"
+        )
+        raise ValueError(f"{name} must {right}; got shape {tuple(y.shape)}")
+    return y.to(x_0.dtype).expand_as(x_0)
+
+
 def step_kl(
-    schedule: Schedule,
-    x_0: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    x_0_hat: Tensor,
-    variance: Tensor,
+    schedule: Schedule, x_0: Tensor, t: Tensor, x_0_hat: Tensor, variance: Tensor
 ) -> Tensor:
     r"""L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in nats per sample.
 
-    Equation `eq-bound-step`; Ho et al. 2020, (5) and (8). p's mean is `posterior_mean`
-    of x_0_hat, so x_t cancels.
-    Args: x_0, x_t, x_0_hat: float tensors [B, ...]; x_0_hat is the model's prediction.
-        t: int64 [B], 2..T. variance: table [T+1] of the sigma_t^2, above 0 from 2 on.
+    Equation `eq-bound-step-x-0`; Ho et al. 2020, (5) and (8). p has the mean that
+    `posterior_mean` gives at x_0_hat, so x_t cancels and is not asked for.
+    Args: x_0, x_0_hat: float tensors [B, ...]. t: int64 [B], 2..T. variance: sigma_t^2
+        above 0, [B, 1, ...] as `at(table, t, x_0)` gives it, or like x_0 if learned.
     Returns: [B], summed over all dimensions. Raises: TypeError, ValueError otherwise.
     >>> from ddpm_core.schedules import linear
     >>> one, t = torch.ones(1, 1), torch.tensor([2])
-    >>> step_kl(linear(), one, one, t, one, posterior_variance(linear()))
+    >>> step_kl(linear(), one, t, one, at(posterior_variance(linear()), t, one))
     tensor([0.])
     """
     checks.tensor("x_0", x_0)
-    checks.same_shape("x_t", x_t, "x_0", x_0)
     checks.same_shape("x_0_hat", x_0_hat, "x_0", x_0)
     checks.integer("x_0.ndim", x_0.ndim, 1)
-    checks.finite("x_t", x_t)
     checks.timesteps("t", t, schedule.T, x_0.shape[0], low=2)
-    checks.tensor("variance", variance, shape=(schedule.T + 1,))
+    model = _like_samples("variance", variance, x_0)
     # The mean is linear in (x_0, x_t): the difference of the two means is the mean of
     # the differences. Subtracting the means themselves would lose digits in float32.
-    shift = posterior_mean(schedule, x_0 - x_0_hat, x_t - x_t, t)
+    none = torch.zeros_like(x_0)
+    shift = posterior_mean(schedule, x_0 - x_0_hat, none, t)
     true = at(posterior_variance(schedule), t, x_0).expand_as(x_0)
-    model = at(variance, t, x_0).expand_as(x_0)
-    return _per_sample(kl_normal(shift, true, torch.zeros_like(shift), model))
+    return _per_sample(kl_normal(shift, true, none, model))
+
+
+# --- book/ddpm/bound.ipynb · bound-export-last · Grey levels: the last term of an image
+def last_term(
+    x_0: Tensor, x_0_hat: Tensor, variance: Tensor, levels: int | None = None
+) -> Tensor:
+    r"""L_0 = -log p(x_0 | x_1) in nats per sample: of a density, or of grey levels.
+
+    `eq-bound-last` without levels, `eq-bound-cell` with them; Ho et al. 2020, (13).
+    Args: x_0, x_0_hat: float tensors [B, ...]. variance: sigma_1^2, [B, 1, ...] or like
+        x_0. levels: how many grey levels x_0 has in [-1, 1]; None for real numbers.
+    Returns: [B]. Raises: TypeError, ValueError for anything else.
+    >>> x = torch.zeros(1, 1)
+    >>> last_term(x, x, x + 1)
+    tensor([0.9189])
+    """
+    checks.tensor("x_0", x_0)
+    checks.same_shape("x_0_hat", x_0_hat, "x_0", x_0)
+    checks.integer("x_0.ndim", x_0.ndim, 1)
+    spread = _like_samples("variance", variance, x_0)
+    if levels is not None:
+        return -_per_sample(discretised_log_likelihood(x_0, x_0_hat, spread, levels))
+    square = (x_0 - x_0_hat).square() / spread
+    return 0.5 * _per_sample(square + spread.log() + math.log(2 * math.pi))
+
+
+# --- book/ddpm/bound.ipynb · bound-export-term · The bound of any model, in code
+Guess = Callable[[Tensor, Tensor], Tensor]
+Reverse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def fixed_variance(
+    guess: Guess, schedule: Schedule, variance: str | Tensor, *, clip: bool = False
+) -> Reverse:
+    r"""A reverse chain (x_t, t) -> (x_0_hat, sigma_t^2) whose variances are a table.
+
+    `eq-posterior-rules`; Ho et al. 2020, section 3.2. A network that learns its
+    variance needs no such wrapper: let it return both.
+    Args: guess: (x_t, t) -> x_0_hat like x_t. variance: a rule of `reverse_variance` or
+        a table [T+1]. clip: cut x_0_hat to [-1, 1].
+    Returns: a function. Raises: TypeError, ValueError for an unknown rule or table.
+    >>> from ddpm_core.schedules import linear
+    >>> reverse = fixed_variance(lambda x_t, t: x_t, linear(), "fixed_small")
+    >>> [tuple(part.shape) for part in reverse(torch.ones(2, 3), torch.tensor([1, 2]))]
+    [(2, 3), (2, 1)]
+    """
+    table = (
+        reverse_variance(schedule, variance) if isinstance(variance, str) else variance
+    )
+    checks.tensor("variance", table, shape=(schedule.T + 1,))
+
+    def reverse(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x_0_hat = guess(x_t, t)
+        return (x_0_hat.clamp(-1, 1) if clip else x_0_hat), at(table, t, x_t)
+
+    return reverse
+
+
+def bound_term(
+    reverse: Reverse,
+    schedule: Schedule,
+    x_0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    levels: int | None = None,
+) -> Tensor:
+    r"""The bound's term of step t at one draw of x_t: L_{t-1}, and L_0 where t = 1.
+
+    `eq-bound-terms`; Ho et al. 2020, (5). Differentiable, for any fixed or learned
+    variance: reverse(x_t, t) gives (x_0_hat like x_t, variance [B, 1, ...] or like x_t).
+    Args: x_0, eps: [B, ...]. t: int64 [B], 1..T. levels: as in `last_term`.
+    Returns: [B], nats per sample. Raises: TypeError, ValueError for anything else.
+    >>> from ddpm_core.schedules import linear
+    >>> reverse = fixed_variance(lambda x_t, t: 0 * x_t, linear(), "fixed_small")
+    >>> x_0, t = torch.zeros(1, 3), torch.tensor([9])
+    >>> bound_term(reverse, linear(), x_0, t, eps=x_0 + 1)
+    tensor([0.])
+    """
+    x_0_hat, variance = reverse(q_sample(schedule, x_0, t, eps), t)
+    last = last_term(x_0, x_0_hat, variance, levels)
+    if schedule.T == 1:
+        return last
+    step = step_kl(schedule, x_0, t.clamp(min=2), x_0_hat, variance)
+    return torch.where(t == 1, last, step)
+
+
+# --- book/ddpm/bound.ipynb · bound-export-whole · The bound of any model, in code
+class BoundChunk(NamedTuple):
+    """Terms of some steps: `t` int64 [n] and `terms` [n, B] in nats per sample."""
+
+    t: Tensor
+    terms: Tensor
+
+
+def bound_chunks(
+    reverse: Reverse,
+    schedule: Schedule,
+    x_0: Tensor,
+    steps: Sequence[int] | None = None,
+    *,
+    levels: int | None = None,
+    chunk: int = 8,
+    generator: torch.Generator | None = None,
+) -> Iterator[BoundChunk]:
+    r"""The terms L_0, L_1, ..., L_{T-1} of `eq-bound-terms`, a few steps at a time.
+
+    Each step draws its own noise, on the CPU, so the numbers do not depend on `chunk`.
+    Args: reverse, levels: as in `bound_term`. x_0: [B, ...]. steps: those wanted, in
+        1..T, repeats allowed; all by default. chunk: steps evaluated together.
+    Returns: an iterator of BoundChunk, without gradients. Raises: TypeError, ValueError.
+    >>> from ddpm_core.schedules import linear
+    >>> reverse = fixed_variance(lambda x_t, t: 0 * x_t, linear(), "fixed_small")
+    >>> parts = bound_chunks(reverse, linear(), torch.ones(2, 3), range(1, 13))
+    >>> [len(part.t) for part in parts]
+    [8, 4]
+    """
+    checks.tensor("x_0", x_0)
+    checks.integer("the number of samples x_0", x_0.shape[0] if x_0.ndim else 0, 1)
+    checks.integer("chunk", chunk, 1)
+    wanted = range(1, schedule.T + 1) if steps is None else steps
+    wanted = [checks.integer("each of steps", t, 1, schedule.T) for t in wanted]
+    kind = torch.float64 if x_0.dtype == torch.float64 else torch.float32
+    keep = [1] * (x_0.ndim - 1)
+
+    @torch.no_grad()
+    def terms_of(some: list[int]) -> BoundChunk:
+        draws = [torch.randn(x_0.shape, generator=generator, dtype=kind) for _ in some]
+        eps = torch.cat(draws).to(x_0.dtype).to(x_0.device)
+        t = torch.tensor(some, device=x_0.device)
+        each, many = t.repeat_interleave(x_0.shape[0]), x_0.repeat(len(some), *keep)
+        terms = bound_term(reverse, schedule, many, each, eps, levels)
+        return BoundChunk(t, terms.reshape(len(some), -1))
+
+    parts = range(0, len(wanted), chunk)
+    return (terms_of(wanted[first : first + chunk]) for first in parts)
+
+
+class Bound(NamedTuple):
+    """A bound in nats per sample, [B] each; `by_t` [T+1] holds means over the batch.
+
+    by_t[1] is the mean of L_0, by_t[t] that of L_{t-1}; by_t[0] is NaN.
+    """
+
+    prior: Tensor
+    steps: Tensor
+    last: Tensor
+    by_t: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """L_T plus the sum of the steps plus L_0, [B]."""
+        return self.prior + self.steps + self.last
+
+
+def variational_bound(
+    reverse: Reverse,
+    schedule: Schedule,
+    x_0: Tensor,
+    *,
+    levels: int | None = None,
+    repeats: int = 1,
+    chunk: int = 8,
+    generator: torch.Generator | None = None,
+) -> Bound:
+    r"""-log p(x_0) <= L_T + sum of L_{t-1} + L_0, estimated with noise at every t.
+
+    `eq-bound-terms`; Ho et al. 2020, (5). Unbiased; memory does not grow with T. Put a
+    network into `eval()` before.
+    Args: reverse, levels: as in `bound_term`; chunk, generator: as in `bound_chunks`.
+        x_0: [B, ...]. repeats: draws of the noise at every t.
+    Returns: Bound. Raises: TypeError, ValueError for anything else.
+    >>> from ddpm_core.schedules import linear
+    >>> reverse = fixed_variance(lambda x_t, t: 0 * x_t, linear(), "fixed_small")
+    >>> f"{variational_bound(reverse, linear(), torch.zeros(1, 1)).total.item():.2f}"
+    '-3.99'
+    """
+    checks.integer("repeats", repeats, 1)
+    prior = prior_kl(schedule, x_0)
+    steps, last = torch.zeros_like(prior), torch.zeros_like(prior)
+    by_t = prior.new_zeros(schedule.T + 1)
+    wanted = [t for t in range(1, schedule.T + 1) for _ in range(repeats)]
+    parts = bound_chunks(
+        reverse, schedule, x_0, wanted, levels=levels, chunk=chunk, generator=generator
+    )
+    for t, terms in parts:
+        first = (t == 1)[:, None]
+        last += torch.where(first, terms, 0.0).sum(0) / repeats
+        steps += torch.where(first, 0.0, terms).sum(0) / repeats
+        by_t.index_add_(0, t, terms.mean(1) / repeats)
+    by_t[0] = math.nan
+    return Bound(prior, steps, last, by_t)
 
 
 # --- book/ddpm/l_simple.ipynb · l-simple-code-loss · The best answer is a...
@@ -539,3 +951,31 @@ def min_snr_weight(schedule: Schedule, gamma: float, prediction: str) -> Tensor:
     snr[0] = float("nan")
     scale = {"eps": 1 / snr, "x_0": torch.ones_like(snr), "v": 1 / (snr + 1)}
     return snr.clamp(max=gamma) * scale[prediction]
+
+
+# --- book/ddpm/l_simple.ipynb · l-simple-code-guess · From the bound to...
+def x_0_guess(
+    model: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    prediction: str = "eps",
+) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""A network as a guess (x_t, t) -> x_0_hat, by `to_x_0`; not clipped.
+
+    With `fixed_variance` it is a reverse chain for `variational_bound`. The model is
+    called with the schedule's `timesteps[t]`.
+
+    Args: prediction 'eps', 'x_0', 'v' or 'mean', what the model puts out.
+    Returns: a function. It raises ValueError for 'eps' if beta_T = 1, and TypeError or
+    ValueError for inputs or outputs that do not fit.
+
+    >>> from ddpm_core.schedules import linear
+    >>> guess = x_0_guess(lambda x_t, t: 0 * x_t, linear())
+    >>> round(guess(torch.ones(1, 1), torch.tensor([1])).item(), 5)
+    1.00005
+    """
+
+    def guess(x_t: Tensor, t: Tensor) -> Tensor:
+        output = model(x_t, schedule.timesteps[t])
+        return to_x_0(schedule, x_t, t, output, prediction)
+
+    return guess

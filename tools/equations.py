@@ -8,6 +8,7 @@ python tools/equations.py --chapter book/ddpm/posterior.ipynb   only that chapte
 import argparse
 import ast
 import builtins
+import contextlib
 import re
 import sys
 import tomllib
@@ -28,6 +29,29 @@ from ddpm_core import equations as reader
 
 CHECKS = re.compile(r"# checks: (.+)")
 MUTANTS = ROOT / "tests" / "mutants.toml"
+
+
+class Page(dict[str, str]):
+    """The equations as the checks see them; remembers which were read."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.read: set[str] = set()
+
+    def __getitem__(self, label: str) -> str:
+        self.read.add(label)
+        return super().__getitem__(label)
+
+
+@contextlib.contextmanager
+def reading(page: Page) -> Iterator[None]:
+    """The reader reads from this page."""
+    original = reader.equations
+    reader.equations = lambda: page
+    try:
+        yield
+    finally:
+        reader.equations = original
 
 
 @dataclass(frozen=True)
@@ -153,22 +177,17 @@ def execute(cells: Iterable[Cell], label: str | None = None) -> None:
 def run_checks(chapter: Chapter) -> list[str]:
     """Run a chapter's checks; returns what failed, notes what was parsed."""
     load_page(chapter.cells, chapter.path)
-    original = reader.tex
-
-    def noting(label: str, part: int = -1) -> Any:
-        chapter.parsed.add(label)
-        return original(label, part)
-
-    reader.tex = noting
+    page = Page(reader.equations())
     try:
-        execute(chapter.cells)
+        with reading(page):
+            execute(chapter.cells)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         where = [f.filename for f in frames if f.filename.startswith(chapter.name)]
         place = where[0] if where else chapter.name
         return [f"{place}: {type(error).__name__}: {error}"]
     finally:
-        reader.tex = original
+        chapter.parsed = page.read & set(chapter.labels)
     return []
 
 
@@ -229,21 +248,38 @@ def caught_by(mutant: Mutant) -> str:
 
 
 def report(all_chapters: list[Chapter]) -> str:
-    """A table: equations, how many were read from the page by a check, mutants."""
-    count = {c.name: 0 for c in all_chapters}
-    for mutant in mutants():
-        count[mutant.chapter] = count.get(mutant.chapter, 0) + 1
-    rows = [f"{'chapter':38} equations  from the page  mutants"]
+    """Per chapter: equations, checks, those read from the page, mutants, the sweep."""
+    import sweep
+
+    found = {s.chapter: s for s in sweep.sweep_all(c.name for c in all_chapters)}
+    planted = [mutant.chapter for mutant in mutants()]
+    titles = ("equations", "checks", "read", "share", "algebra", "mutants", "slips")
+    rows = [f"{'chapter':30}" + "".join(f"{t:>10}" for t in (*titles, "survive"))]
+    counts = []
     for c in all_chapters:
         if c.labels:
-            share = len(c.parsed & set(c.labels)) / len(c.labels)
-            rows.append(
-                f"{c.name:38} {len(c.labels):9}  {share:13.0%}  {count[c.name]:7}"
+            swept = found[c.name]
+            numbers = [len(c.labels), len(c.checks), len(c.parsed)]
+            numbers += [len(swept.swept) + len(swept.unread), planted.count(c.name)]
+            numbers += [swept.slips, len(swept.survivors)]
+            counts.append((c.name, numbers))
+    counts.append(
+        ("all", [sum(column) for column in zip(*(n for _, n in counts), strict=True)])
+    )
+    for name, (equations, checks, read, *rest) in counts:
+        shown = [str(equations), str(checks), str(read), f"{read / equations:.0%}"]
+        cells = "".join(f"{text:>10}" for text in [*shown, *map(str, rest)])
+        rows.append(f"{name:30}{cells}")
+    rows.append(
+        "\nno algebra (means, sums, integrals, products of densities, matrices):"
+    )
+    for c in all_chapters:
+        for label in found[c.name].other if c.labels else []:
+            how = (
+                "read from the page" if label in c.parsed else "checked by its meaning"
             )
-    total = sum(len(c.labels) for c in all_chapters)
-    parsed = sum(len(c.parsed & set(c.labels)) for c in all_chapters)
-    share = parsed / max(total, 1)
-    rows.append(f"{'all':38} {total:9}  {share:13.0%}  {sum(count.values()):7}")
+            rows.append(f"  {label}: {how}")
+    rows += [line for swept in found.values() for line in sweep.complaints(swept)]
     return "\n".join(rows)
 
 

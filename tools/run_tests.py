@@ -20,7 +20,7 @@ PLANNED = {
     "install": 3.0,
     "build": 1.0,
     "unit tests": 5.0,
-    "checks and mutants": 2.0,
+    "checks and mutants": 4.0,
     "chapters": 11.0,
     "site": 6.0,
 }
@@ -33,7 +33,8 @@ def group_of(nodeid: str) -> str:
         return "chapters"
     if nodeid.startswith("tests/site"):
         return "site"
-    if nodeid.startswith(("tests/test_mutants", "tests/test_equation_checks")):
+    kinds = ("tests/test_mutants", "tests/test_equation_checks", "tests/test_sweep")
+    if nodeid.startswith(kinds):
         return "checks and mutants"
     return "unit tests"
 
