@@ -195,7 +195,7 @@ def check_module(cell, module, position):
 
 
 ORDER = ["checks", "schedules", "equations", "process", "losses", "oracles", "samplers"]
-ORDER += ["unet", "ema", "files", "data", "metrics", "plots", "training"]
+ORDER += ["flows", "unet", "ema", "files", "data", "metrics", "plots", "training"]
 
 
 def test_imports_in_the_package_point_one_way():
