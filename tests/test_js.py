@@ -234,7 +234,9 @@ def test_gradient_penalty_of_a_quadratic_and_its_own_gradient() -> None:
     weight = torch.tensor([2.0, 3.0], dtype=F64, requires_grad=True)
     x = torch.tensor([[1.0, 1.0], [0.5, -1.0]], dtype=F64)
     found = gradient_penalty(lambda x: (weight * x**2).sum(1), x)
-    torch.testing.assert_close(found.detach(), (2 * weight * x).square().sum(1).detach())
+    torch.testing.assert_close(
+        found.detach(), (2 * weight * x).square().sum(1).detach()
+    )
     (by_weight,) = torch.autograd.grad(found.sum(), weight)
     torch.testing.assert_close(by_weight, (8 * weight * x**2).sum(0))
     assert x.grad is None
@@ -243,7 +245,10 @@ def test_gradient_penalty_of_a_quadratic_and_its_own_gradient() -> None:
 
 def test_gradient_penalty_of_images_sums_over_pixels() -> None:
     images = torch.zeros(4, 1, 3, 3)
-    assert gradient_penalty(lambda x: 2 * x.flatten(1).sum(1), images).tolist() == [36.0] * 4
+    assert (
+        gradient_penalty(lambda x: 2 * x.flatten(1).sum(1), images).tolist()
+        == [36.0] * 4
+    )
 
 
 def test_bad_logits() -> None:
