@@ -1,6 +1,7 @@
 """Written by tools/extract.py; edit the chapters:
 
 - book/ddpm/training.ipynb
+- book/ddpm/families.ipynb
 """
 
 import warnings
@@ -15,10 +16,12 @@ from ddpm_core import checks
 
 __all__ = [
     "EXACT",
+    "EnergyDistance",
     "Judge",
     "PrecisionRecall",
     "Verdict",
     "blends",
+    "energy_distance",
     "fit_classifier",
     "independent_pixels",
     "knn_radii",
@@ -245,3 +248,41 @@ def fit_classifier(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return network.fit(images, torch.cat([labels.repeat(3), ten]).numpy())
+
+
+# --- book/ddpm/families.ipynb · families-export-energy · The data, and how we measure
+class EnergyDistance(NamedTuple):
+    """An estimated energy distance of two laws, with its standard error."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+def energy_distance(x: Tensor, y: Tensor, blocks: int = 10) -> EnergyDistance:
+    r"""Energy distance of two samples, `eq-families-energy`; unbiased, so it may be < 0.
+
+    Estimated in `blocks` pairs of blocks; the value is their mean, the standard error
+    comes from their spread. Szekely and Rizzo 2013, (2.5).
+    Args: x, y: float tensors [N, D] and [N', D], finite, independent samples; N and N'
+        at least 2 * blocks. blocks: at least 2.
+    Returns: EnergyDistance of two scalars. Raises: TypeError, ValueError otherwise.
+    >>> x = torch.arange(8.0)[:, None]
+    >>> energy_distance(x, x + 100, blocks=2).value > 100
+    tensor(True)
+    """
+    blocks = checks.integer("blocks", blocks, 2)
+    checks.tensor("x", x, ndim=2)
+    checks.tensor("y", y, shape=(None, x.shape[1]))
+    checks.same_device("y", y, "x", x)
+    for name, sample in (("x", x), ("y", y)):
+        checks.integer(f"the number of samples {name}", len(sample), 2 * blocks)
+        checks.finite(name, sample)
+    each = []
+    pairs = zip(x.tensor_split(blocks), y.tensor_split(blocks), strict=True)
+    for a, b in pairs:
+        n, m = len(a), len(b)
+        within = torch.cdist(a, a).sum() / (n * (n - 1))
+        within = within + torch.cdist(b, b).sum() / (m * (m - 1))
+        each.append(2 * torch.cdist(a, b).mean() - within)
+    values = torch.stack(each)
+    return EnergyDistance(values.mean(), values.std() / blocks**0.5)

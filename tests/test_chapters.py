@@ -195,7 +195,17 @@ def check_module(cell, module, position):
 
 
 ORDER = ["checks", "schedules", "equations", "process", "losses", "vae", "oracles"]
-ORDER += ["samplers", "unet", "ema", "files", "data", "metrics", "plots", "training"]
+ORDER += [
+    "samplers",
+    "flows",
+    "unet",
+    "ema",
+    "files",
+    "data",
+    "metrics",
+    "plots",
+    "training",
+]
 
 
 def test_imports_in_the_package_point_one_way():
