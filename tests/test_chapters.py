@@ -54,6 +54,12 @@ def exported():
 EXPORTED = exported()
 MODULES = {module for module, _ in EXPORTED}
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=name)
+# A page to look things up in: it derives nothing and sets no exercises, so it has
+# neither the sections nor the exercises of a chapter. All other rules hold for it.
+LOOK_UP = {"book/errata.ipynb"}
+each_derivation = pytest.mark.parametrize(
+    "path", [path for path in CHAPTERS if name(path) not in LOOK_UP], ids=name
+)
 
 
 @each_chapter
@@ -64,14 +70,14 @@ def test_first_cell_is_target_and_title(path):
     assert re.search(r"^# \S", first, re.M), "no title"
 
 
-@each_chapter
+@each_derivation
 def test_sections_are_there(path):
     text = book.prose(path)
     missing = [s for s in SECTIONS if not re.search(rf"^##+ .*{s}", text, re.M | re.I)]
     assert not missing
 
 
-@each_chapter
+@each_derivation
 def test_five_exercises_with_hint_and_running_solution(path):
     text = book.prose(path)
     labels = re.findall(r"```\{exercise\}[^\n]*\n:label: (\S+)", text)
@@ -86,6 +92,13 @@ def test_five_exercises_with_hint_and_running_solution(path):
     assert len(hidden) >= len(labels)
     for cell in hidden:
         assert cell["metadata"]["jupyter"]["source_hidden"], cell["id"]
+
+
+def test_a_page_to_look_things_up_in_derives_nothing():
+    for path in CHAPTERS:
+        if name(path) in LOOK_UP:
+            assert not [label for label, _ in book.labelled(book.prose(path))]
+            assert not book.code(path, "export")
 
 
 def test_the_setup_cell_is_the_same_everywhere():
@@ -273,7 +286,7 @@ def targets():
 
 
 TARGETS = targets()
-BACK = {"ch-glossary", "ch-api", "ch-references"}
+BACK = {"ch-glossary", "ch-errata", "ch-api", "ch-references"}
 
 
 @pytest.mark.parametrize("page", book.pages(), ids=name)
