@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from IPython.core.inputtransformer2 import TransformerManager
 
@@ -43,15 +44,9 @@ class Page(dict[str, str]):
         return super().__getitem__(label)
 
 
-@contextlib.contextmanager
-def reading(page: Page) -> Iterator[None]:
+def reading(page: Page) -> contextlib.AbstractContextManager[Any]:
     """The reader reads from this page."""
-    original = reader.equations
-    reader.equations = lambda: page
-    try:
-        yield
-    finally:
-        reader.equations = original
+    return mock.patch.object(reader, "equations", return_value=page)
 
 
 @dataclass(frozen=True)
