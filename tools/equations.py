@@ -9,6 +9,7 @@ import argparse
 import ast
 import builtins
 import contextlib
+import io
 import re
 import sys
 import tomllib
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from IPython.core.inputtransformer2 import TransformerManager
 
@@ -44,9 +44,15 @@ class Page(dict[str, str]):
         return super().__getitem__(label)
 
 
-def reading(page: Page) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def reading(page: Page) -> Iterator[None]:
     """The reader reads from this page."""
-    return mock.patch.object(reader, "equations", return_value=page)
+    original = reader.equations
+    vars(reader)["equations"] = lambda: page
+    try:
+        yield
+    finally:
+        vars(reader)["equations"] = original
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def run_checks(chapter: Chapter) -> list[str]:
     load_page(chapter.cells, chapter.path)
     page = Page(reader.equations())
     try:
-        with reading(page):
+        with reading(page), contextlib.redirect_stdout(io.StringIO()):
             execute(chapter.cells)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)

@@ -14,6 +14,7 @@ import re
 import sys
 import tomllib
 import types
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -405,13 +406,16 @@ def by_name(name: str) -> Swept:
     import torch
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RuntimeWarning)  # a slip may give roots below 0
     return sweep(tool.load(ROOT / name))
 
 
 def sweep_all(names: Iterable[str] | None = None, processes: int = 2) -> list[Swept]:
     """Sweep chapters side by side; the order is that of the book."""
     wanted = [c.name for c in tool.load_all() if c.labels]
-    wanted = [n for n in wanted if names is None or n in set(names)]
+    if names is not None:
+        chosen = set(names)
+        wanted = [n for n in wanted if n in chosen]
     if processes == 1 or len(wanted) == 1:
         return [by_name(name) for name in wanted]
     longest = sorted(wanted, key=lambda n: -len(tool.load(ROOT / n).labels))
