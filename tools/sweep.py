@@ -329,6 +329,8 @@ def differ(left: Any, right: Any) -> bool:
         return any(map(differ, left, right))
     if left is None or right is None or isinstance(left, tuple | None):
         return False
+    if isinstance(left, sympy.Rel) or isinstance(right, sympy.Rel):
+        return type(left) is not type(right) or any(map(differ, left.args, right.args))
     difference = left - right
     if difference == 0:
         return False
