@@ -45,8 +45,10 @@ def score_function_gradient(
     r"""The same with no derivative of f, equation `eq-vae-score-function`.
 
     >>> one = torch.tensor(1.0)
-    >>> score_function_gradient(torch.square, one, one, torch.tensor([0.0, 1.0]))
-    (tensor([0., 4.]), tensor([-1., 0.]))
+    >>> eps = torch.tensor([0.0, 1.0])
+    >>> slopes = score_function_gradient(torch.square, one, one, eps)
+    >>> [x.tolist() for x in slopes]
+    [[0.0, 4.0], [-1.0, 0.0]]
     """
     value = f(mean + sigma * eps)
     return value * eps / sigma, value * (eps**2 - 1) / sigma
