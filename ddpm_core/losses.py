@@ -30,9 +30,8 @@ from ddpm_core.schedules import Schedule
 __all__ = [
     "Bound",
     "BoundChunk",
-    "BoundEstimate",
+    "Estimate",
     "Guess",
-    "KLEstimate",
     "Reverse",
     "bits_per_dim",
     "bound_chunks",
@@ -232,8 +231,8 @@ def kl_multivariate_normal(
 
 
 # --- book/foundations/kl.ipynb · kl-export-monte-carlo · When there is no closed...
-class KLEstimate(NamedTuple):
-    """A Monte Carlo estimate of a KL divergence in nats, with its standard error."""
+class Estimate(NamedTuple):
+    """A Monte Carlo estimate with its standard error."""
 
     value: Tensor
     standard_error: Tensor
@@ -244,13 +243,13 @@ def monte_carlo_kl(
     log_q: Callable[[Tensor], Tensor],
     x: Tensor,
     estimator: str = "naive",
-) -> KLEstimate:
+) -> Estimate:
     r"""KL(p || q) estimated from samples of p, with its standard error.
 
     Equations `eq-kl-naive` and `eq-kl-low-variance` (unbiased if q = 0 where p = 0).
     Args: log_p, log_q: x -> log-densities [N] (nats). x: [N, ...], samples of p, N >= 2.
         estimator: "naive" or "low_variance".
-    Returns: KLEstimate of two scalars. Raises: TypeError, ValueError for anything else.
+    Returns: Estimate of two scalars. Raises: TypeError, ValueError for anything else.
     >>> x = torch.tensor([-1.0, 1.0])
     >>> monte_carlo_kl(lambda x: -x, lambda x: x, x).value
     tensor(0.)
@@ -268,23 +267,13 @@ def monte_carlo_kl(
     each = -log_ratio
     if estimator == "low_variance":
         each = each + torch.expm1(log_ratio)
-    return KLEstimate(each.mean(), each.std() / math.sqrt(len(each)))
+    return Estimate(each.mean(), each.std() / math.sqrt(len(each)))
 
 
 # --- book/foundations/elbo.ipynb · elbo-export-elbo · Climbing without a closed form
-class BoundEstimate(NamedTuple):
-    """A Monte Carlo estimate of a bound on log p(x), nats, with its standard error."""
-
-    value: Tensor
-    standard_error: Tensor
-
-
 def _log_weight(log_joint: Tensor, log_q: Tensor) -> Tensor:
     """The log weights of samples z of q; at least two along the first axis."""
-    checks.tensor("log_joint", log_joint)
-    checks.tensor("log_q", log_q)
-    checks.same_shape("log_joint", log_joint, "log_q", log_q)
-    checks.same_device("log_joint", log_joint, "log_q", log_q)
+    _check_pair("log_joint", log_joint, "log_q", log_q)
     count = log_joint.shape[0] if log_joint.ndim else 0
     checks.integer("the number of repetitions in log_joint", count, 2)
     checks.between("log_joint", log_joint, -math.inf, torch.finfo(log_joint.dtype).max)
@@ -292,29 +281,29 @@ def _log_weight(log_joint: Tensor, log_q: Tensor) -> Tensor:
     return log_joint - log_q
 
 
-def elbo(log_joint: Tensor, log_q: Tensor) -> BoundEstimate:
+def elbo(log_joint: Tensor, log_q: Tensor) -> Estimate:
     r"""Evidence lower bound from samples z_n of q, with its standard error.
 
     Equation `eq-elbo-estimate`. To be made large: as a loss, take its negative.
     Args: log_joint: [N, ...] log p(x, z_n), N >= 2 (-inf where p is 0). log_q: the
         same shape, log q(z_n). Gradients pass through both.
-    Returns: BoundEstimate of two tensors [...]. Raises: TypeError, ValueError.
+    Returns: Estimate of two tensors [...]. Raises: TypeError, ValueError.
     >>> log_q = torch.zeros(4)
     >>> elbo(torch.tensor([-1.0, -2.0, -3.0, -2.0]), log_q).value
     tensor(-2.)
     """
     each = _log_weight(log_joint, log_q)
-    return BoundEstimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
+    return Estimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
 
 
 # --- book/foundations/elbo.ipynb · elbo-export-importance · Several samples, a...
-def importance_weighted_bound(log_joint: Tensor, log_q: Tensor) -> BoundEstimate:
+def importance_weighted_bound(log_joint: Tensor, log_q: Tensor) -> Estimate:
     r"""Bound on log p(x) from K samples at a time, estimated by N repetitions.
 
     Equation `eq-elbo-iw`; Burda et al. (2016), section 3. K = 1 gives `elbo`.
     Args: log_joint: [N, K, ...] log p(x, z), N >= 2 repetitions, K >= 1 samples of q
         each (-inf where p is 0). log_q: the same shape, log q(z).
-    Returns: BoundEstimate of two tensors [...]. Raises: TypeError, ValueError.
+    Returns: Estimate of two tensors [...]. Raises: TypeError, ValueError.
     >>> log_joint = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
     >>> importance_weighted_bound(log_joint, torch.zeros(2, 2)).value
     tensor(1.4338)
@@ -323,7 +312,7 @@ def importance_weighted_bound(log_joint: Tensor, log_q: Tensor) -> BoundEstimate
     samples = log_weight.shape[1] if log_weight.ndim > 1 else 0
     checks.integer("the number of samples in log_joint", samples, 1)
     each = log_weight.logsumexp(1) - math.log(samples)
-    return BoundEstimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
+    return Estimate(each.mean(0), each.std(0) / math.sqrt(len(each)))
 
 
 # --- book/foundations/elbo.ipynb · elbo-export-ess · Several samples, a smaller gap
@@ -417,13 +406,10 @@ def _check_levels(x: Tensor, levels: int) -> None:
 
 def _check_law(x: Tensor, name: str, y: Tensor) -> None:
     """Whether y fits x in type, shape and device, and is finite."""
-    checks.tensor("x", x)
-    checks.tensor(name, y)
+    _check_pair(name, y, "x", x)
     if x.dtype not in (torch.float32, torch.float64) or y.dtype != x.dtype:
         both = f"x and {name} must both be float32 or both float64"
         raise TypeError(f"{both}; got {x.dtype} and {y.dtype}")
-    checks.same_shape(name, y, "x", x)
-    checks.same_device(name, y, "x", x)
     checks.finite(name, y)
 
 
@@ -515,13 +501,13 @@ def monte_carlo_js(
     log_q: Callable[[Tensor], Tensor],
     x_p: Tensor,
     x_q: Tensor,
-) -> KLEstimate:
+) -> Estimate:
     r"""Jensen-Shannon divergence estimated from samples of both laws, with its error.
 
     Equation `eq-gan-monte-carlo`; unbiased, never above log 2.
     Args: log_p, log_q: x -> log-densities [N] (nats), -inf where there is none. x_p,
         x_q: [N, ...] and [N', ...], samples of p and of q, at least two of each.
-    Returns: KLEstimate of two scalars. Raises: TypeError, ValueError for anything else.
+    Returns: Estimate of two scalars. Raises: TypeError, ValueError for anything else.
     >>> x = torch.tensor([-1.0, 1.0])
     >>> f"{monte_carlo_js(lambda x: -x**2, lambda x: -x**2, x, x).value:.3f}"
     '0.000'
@@ -540,7 +526,7 @@ def monte_carlo_js(
         halves.append(nn.functional.softplus(at_other - at_own) / 2)
     value = math.log(2) - halves[0].mean() - halves[1].mean()
     squares = [half.var() / len(half) for half in halves]
-    return KLEstimate(value, (squares[0] + squares[1]).sqrt())
+    return Estimate(value, (squares[0] + squares[1]).sqrt())
 
 
 # --- book/foundations/gan.ipynb · gan-export-generator · What the generator feels

@@ -1,5 +1,6 @@
 """Written by tools/extract.py; edit the chapters:
 
+- book/ddpm/two_d.ipynb
 - book/ddpm/training.ipynb
 - book/ddpm/families.ipynb
 """
@@ -13,15 +14,16 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from ddpm_core import checks
+from ddpm_core.losses import Estimate
 
 __all__ = [
     "EXACT",
-    "EnergyDistance",
     "Judge",
     "PrecisionRecall",
     "Verdict",
     "blends",
     "energy_distance",
+    "energy_estimate",
     "fit_classifier",
     "independent_pixels",
     "knn_radii",
@@ -29,6 +31,29 @@ __all__ = [
     "precision_recall",
     "shuffled_pixels",
 ]
+
+
+# --- book/ddpm/two_d.ipynb · two-d-export-energy · How good is a sample
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    r"""Energy distance of two samples, `eq-two-d-energy`; unbiased, so it may be < 0.
+
+    Szekely and Rizzo 2013, (2.5), without the distances of points to themselves.
+    Args: x, y: float tensors [N, D] and [M, D], finite, independent; N, M at least 2.
+    Raises: TypeError, ValueError for anything else.
+    >>> x = torch.tensor([[0.0], [1.0]])
+    >>> energy_distance(x, x), energy_distance(x, x + 100)
+    (-1.0, 198.0)
+    """
+    checks.tensor("x", x, ndim=2)
+    checks.tensor("y", y, shape=(None, x.shape[1]))
+    checks.same_device("y", y, "x", x)
+    n = checks.integer("the number of samples x", len(x), 2)
+    m = checks.integer("the number of samples y", len(y), 2)
+    checks.finite("x", x)
+    checks.finite("y", y)
+    within_x = torch.cdist(x, x).sum() / (n * (n - 1))
+    within_y = torch.cdist(y, y).sum() / (m * (m - 1))
+    return (2 * torch.cdist(x, y).mean() - within_x - within_y).item()
 
 
 # --- book/ddpm/training.ipynb · training-export-knn · Are they digits? A judge
@@ -251,38 +276,22 @@ def fit_classifier(
 
 
 # --- book/ddpm/families.ipynb · families-export-energy · The data, and how we measure
-class EnergyDistance(NamedTuple):
-    """An estimated energy distance of two laws, with its standard error."""
+def energy_estimate(x: Tensor, y: Tensor, blocks: int = 10) -> Estimate:
+    r"""`energy_distance` in blocks of two samples, with its standard error.
 
-    value: Tensor
-    standard_error: Tensor
-
-
-def energy_distance(x: Tensor, y: Tensor, blocks: int = 10) -> EnergyDistance:
-    r"""Energy distance of two samples, `eq-families-energy`; unbiased, so it may be < 0.
-
-    Estimated in `blocks` pairs of blocks; the value is their mean, the standard error
-    comes from their spread. Szekely and Rizzo 2013, (2.5).
-    Args: x, y: float tensors [N, D] and [N', D], finite, independent samples; N and N'
+    The value is the mean over pairs of blocks, the standard error comes from their
+    spread.
+    Args: x, y: float tensors [N, D] and [M, D], finite, independent samples; N and M
         at least 2 * blocks. blocks: at least 2.
-    Returns: EnergyDistance of two scalars. Raises: TypeError, ValueError otherwise.
+    Returns: Estimate of two float64 scalars. Raises: TypeError, ValueError otherwise.
     >>> x = torch.arange(8.0)[:, None]
-    >>> energy_distance(x, x + 100, blocks=2).value > 100
+    >>> energy_estimate(x, x + 100, blocks=2).value > 100
     tensor(True)
     """
-    blocks = checks.integer("blocks", blocks, 2)
-    checks.tensor("x", x, ndim=2)
-    checks.tensor("y", y, shape=(None, x.shape[1]))
-    checks.same_device("y", y, "x", x)
+    checks.integer("blocks", blocks, 2)
     for name, sample in (("x", x), ("y", y)):
+        checks.tensor(name, sample, ndim=2)
         checks.integer(f"the number of samples {name}", len(sample), 2 * blocks)
-        checks.finite(name, sample)
-    each = []
     pairs = zip(x.tensor_split(blocks), y.tensor_split(blocks), strict=True)
-    for a, b in pairs:
-        n, m = len(a), len(b)
-        within = torch.cdist(a, a).sum() / (n * (n - 1))
-        within = within + torch.cdist(b, b).sum() / (m * (m - 1))
-        each.append(2 * torch.cdist(a, b).mean() - within)
-    values = torch.stack(each)
-    return EnergyDistance(values.mean(), values.std() / blocks**0.5)
+    each = torch.tensor([energy_distance(a, b) for a, b in pairs], dtype=torch.float64)
+    return Estimate(each.mean(), each.std() / blocks**0.5)

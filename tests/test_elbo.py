@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 
 from ddpm_core.losses import (
-    BoundEstimate,
+    Estimate,
     effective_sample_size,
     elbo,
     importance_weighted_bound,
@@ -82,7 +82,7 @@ def test_trailing_axes_are_kept():
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, 6, 4, 3, dtype=torch.float64, generator=generator)
     each = elbo(a, b)
-    assert isinstance(each, BoundEstimate)
+    assert isinstance(each, Estimate)
     assert each.value.shape == each.standard_error.shape == (4, 3)
     bound = importance_weighted_bound(a, b)
     assert bound.value.shape == (3,)

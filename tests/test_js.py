@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Normal
 
 from ddpm_core.losses import (
-    KLEstimate,
+    Estimate,
     discriminator_loss,
     generator_loss,
     gradient_penalty,
@@ -143,7 +143,7 @@ def test_against_a_quadrature() -> None:
     z = torch.randn(2, 60_000, dtype=F64, generator=generator)
     x_q = 1.5 + 0.5 * z[1, :20_000]
     found = monte_carlo_js(p.log_prob, q.log_prob, z[0], x_q)
-    assert isinstance(found, KLEstimate)
+    assert isinstance(found, Estimate)
     assert abs(found.value.item() - exact) < 4 * found.standard_error.item() < 0.02
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_core.losses import (
-    KLEstimate,
+    Estimate,
     kl_bernoulli,
     kl_categorical,
     kl_multivariate_normal,
@@ -282,7 +282,7 @@ def test_estimates_lie_within_their_errors(
         x,
         estimator,
     )
-    assert isinstance(found, KLEstimate)
+    assert isinstance(found, Estimate)
     exact = kl_normal(*double(0.0, 1.0, shift, spread))
     assert abs(found.value - exact) < 4 * found.standard_error
     assert found.standard_error > 0

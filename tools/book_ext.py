@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
 MATHJAX = "tex-chtml-full.js"
 OUTSIDE = re.compile(r'<link[^>]+href="https?://[^"]*font-awesome[^"]*"[^>]*>')
-DO = ("show", "hide")
 LABEL = re.compile(r"``((?:eq|def)-[a-z0-9-]+)``")
 
 
@@ -73,7 +72,7 @@ def fold_checks(app: Sphinx, page: str, source: list[str]) -> None:
             cell["metadata"]["tags"].append("hide-input")
             shown = {
                 "code_prompt_show": "Show the check",
-                "code_prompt_hide": "Fold it",
+                "code_prompt_hide": "Hide the check",
             }
             cell["metadata"].setdefault("mystnb", {}).update(shown)
     source[0] = json.dumps(notebook)
