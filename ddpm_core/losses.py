@@ -438,7 +438,7 @@ def discretised_log_likelihood(
     place = 2 * torch.round((x.detach() + 1) * (last / 2)) - last  # a whole number
     low, high = ((place - 1) / last - mean) / sigma, ((place + 1) / last - mean) / sigma
     centre = (place / last - mean) / sigma
-    right = centre >= 0  # mirror what lies left of the mean
+    right = torch.where(centre == 0, place >= 0, centre > 0)  # mirror the left side
     near, far = torch.where(right, low, -high), torch.where(right, high, -low)
     middle = torch.where(right, centre, -centre)  # not abs, whose slope at 0 is 0
     inner = _log_between(near, far, middle, 2 / last / sigma)

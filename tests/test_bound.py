@@ -33,7 +33,7 @@ from ddpm_core.process import (
 from ddpm_core.schedules import Schedule, cosine, from_beta, linear, scaled_linear
 
 LINEAR = linear(1000)
-relaxed = settings(deadline=None, max_examples=40)
+relaxed = settings(max_examples=40)
 BLOG = from_beta(torch.linspace(1e-4, 0.02, 200, dtype=torch.float64), "unscaled")
 ALL = [LINEAR, cosine(1000), scaled_linear(1000), linear(30), cosine(2), BLOG]
 

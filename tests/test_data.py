@@ -53,7 +53,7 @@ def test_split_is_the_one_that_stands_in_the_book():
     ]  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), share=st.floats(0, 1)
 )
@@ -344,7 +344,7 @@ def test_exif_turns(tmp_path):
     assert (image[:, :3] == -1).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(width=st.integers(1, 50), height=st.integers(1, 50), size=st.integers(1, 24))
 def test_any_picture_gets_the_size(tmp_path_factory, width, height, size):
     folder = tmp_path_factory.mktemp("any")

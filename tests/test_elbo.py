@@ -17,7 +17,7 @@ from ddpm_core.losses import (
     importance_weighted_bound,
 )
 
-relaxed = settings(deadline=None, max_examples=40)
+relaxed = settings(max_examples=40)
 logs = st.lists(st.floats(-30, 30), min_size=2, max_size=8)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -18,7 +18,6 @@ def linear(seed: int = 0) -> nn.Linear:
     return layer
 
 
-@settings(deadline=None)
 @given(decay=st.floats(0, 0.999), steps=st.integers(1, 30))
 def test_average_is_the_weighted_sum_of_all_weights(decay, steps):
     layer = linear()

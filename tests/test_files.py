@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_core import files
@@ -61,7 +61,6 @@ def test_others_can_read_it(tmp_path):
     assert torch.equal(safetensors.torch.load_file(tmp_path / "x")["x"], torch.ones(2))
 
 
-@settings(deadline=None)
 @given(bit=st.integers(0, 10**9))
 def test_every_flipped_bit_is_found(bit):
     tensors = {"weight": torch.arange(6.0), "n": torch.tensor(7)}
@@ -75,7 +74,6 @@ def test_every_flipped_bit_is_found(bit):
         files.read_tensors(bytes(content), "here")
 
 
-@settings(deadline=None)
 @given(length=st.integers(0, 10**9))
 def test_every_cut_is_found(length):
     tensors = {"weight": torch.arange(6.0)}

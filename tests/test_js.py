@@ -22,7 +22,7 @@ from ddpm_core.losses import (
 )
 
 mpmath.mp.dps = 50
-relaxed = settings(deadline=None, max_examples=60)
+relaxed = settings(max_examples=60)
 LOG_2 = math.log(2)
 F64 = torch.float64
 

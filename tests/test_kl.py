@@ -20,7 +20,7 @@ from ddpm_core.losses import (
 )
 
 mpmath.mp.dps = 60
-relaxed = settings(deadline=None, max_examples=60)
+relaxed = settings(max_examples=60)
 probability = st.floats(0.0, 1.0)
 variance = st.floats(1e-12, 1e12)
 mean = st.floats(-1e3, 1e3)

@@ -44,7 +44,7 @@ def rotated(
 betas = st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     beta=betas,
     size=st.lists(st.integers(1, 3), max_size=3),
@@ -243,7 +243,7 @@ def test_weight_is_the_distance_of_the_means(rule: str) -> None:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(beta=betas, gamma=st.floats(0.01, 100))
 def test_min_snr(beta: list[float], gamma: float) -> None:
     schedule = from_beta(torch.tensor(beta, dtype=torch.float64))

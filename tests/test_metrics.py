@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_core import data, metrics
@@ -27,7 +27,6 @@ def brute_force(real, generated, k):
     return precision, recall
 
 
-@settings(deadline=None)
 @given(
     n=st.integers(5, 12),
     m=st.integers(5, 12),

@@ -250,7 +250,7 @@ def test_denoiser_predicts_what_it_says(prediction: str) -> None:
     assert low.dtype == torch.float32
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     K=st.integers(1, 5),
     D=st.integers(1, 4),

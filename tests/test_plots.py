@@ -17,7 +17,7 @@ from PIL import Image
 from ddpm_core import plots
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 12),
     c=st.sampled_from([1, 3]),

@@ -134,7 +134,7 @@ betas = st.lists(st.floats(1e-5, 0.95), min_size=2, max_size=8)
 sizes = st.lists(st.integers(1, 4), min_size=0, max_size=3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(beta=betas, size=sizes, seed=st.integers(0, 2**32 - 1))
 def test_both_forms_of_the_mean_agree(
     beta: list[float], size: list[int], seed: int

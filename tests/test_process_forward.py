@@ -45,7 +45,7 @@ def test_composed_steps_have_the_closed_forms_law(name: str) -> None:
         torch.testing.assert_close(variance, slope.square(), rtol=1e-12, atol=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.sampled_from(sorted(SCHEDULES)),
     st.lists(st.integers(0, 80), min_size=1, max_size=5),

@@ -50,7 +50,7 @@ terms = st.recursive(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(terms)
 def test_nested_brackets_agree_with_python(text):
     by_python = eval(text.replace(r"\cdot", "*"), {"x": x, "t": t})

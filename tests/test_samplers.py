@@ -78,7 +78,7 @@ def test_all_predictions_give_one_law(schedule, prediction):
     torch.testing.assert_close(law.x_0, x_0, rtol=1e-7, atol=1e-7)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(t=st.integers(1, 1000), x=st.floats(-5, 5), eps=st.floats(-5, 5))
 def test_clipped_law_follows_from_the_clipped_x_0(t, x, eps):
     schedule = BOTH[0]

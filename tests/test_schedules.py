@@ -262,7 +262,7 @@ def compose(schedule: Schedule, start: int, stop: int) -> float:
     return v
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(SCHEDULES)), st.sets(st.integers(1, 60), min_size=1))
 def test_respace(name: str, chosen: set[int]) -> None:
     schedule, kept = SCHEDULES[name](60), sorted(chosen)

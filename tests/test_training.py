@@ -58,7 +58,6 @@ def finish(run: Trainer) -> dict[str, torch.Tensor]:
 # Randomness is a function of (seed, step) and of the place in the batch
 
 
-@settings(deadline=None)
 @given(
     n=st.integers(1, 40),
     size=st.integers(1, 30),
@@ -241,7 +240,7 @@ def test_training_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(step=st.integers(0, 6), accumulate=st.sampled_from([1, 2]), flip=st.booleans())
 def test_resuming_at_any_step_gives_the_same_bits(
     tmp_path_factory, step, accumulate, flip
