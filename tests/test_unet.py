@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ def test_counts_are_the_papers() -> None:
     assert parameters(meta(UNET_CONFIGS["lsun256"])) == 113_673_219
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion28", "fashion32"])
+@pytest.mark.parametrize("name", ["digits", "fashion32"])
 def test_counts_agree_with_diffusers(name: str) -> None:
     config = UNET_CONFIGS[name]
     with torch.device("meta"):
@@ -379,6 +380,53 @@ def test_a_new_net_answers_zero(name: str) -> None:
         generator=generator(),
     )  # fmt: skip
     assert torch.equal(model(x, torch.tensor([500])), torch.zeros_like(x))
+
+
+@given(
+    patch=st.sampled_from([2, 3]),
+    halvings=st.integers(0, 1),
+    colours=st.integers(1, 2),
+    seed=st.integers(0, 1000),
+)
+def test_patches_are_a_rearrangement_of_the_pixels(
+    patch: int, halvings: int, colours: int, seed: int
+) -> None:
+    """A net on patches is the net without them on rearranged images, put back."""
+    side = 2 * 2**halvings
+    config = UNetConfig(
+        side * patch, colours, 3, 4, (1,) * (halvings + 1), 1, (side,), groups=2,
+        patch=patch,
+    )  # fmt: skip
+    cut = replace(
+        config,
+        image_size=side,
+        in_channels=colours * patch**2,
+        out_channels=3 * patch**2,
+        patch=1,
+    )
+    model, plain = UNet(config).double(), UNet(cut).double()
+    randomise(model, seed)
+    plain.load_state_dict(model.state_dict())
+    shape = (2, colours, side * patch, side * patch)
+    x = torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+    t = torch.tensor([1, 400])
+    squares = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=patch, q=patch)
+    expected = rearrange(
+        plain(squares, t), "b (c p q) h w -> b c (h p) (w q)", p=patch, q=patch
+    )
+    y = model(x, t)
+    assert y.shape == (2, 3, *x.shape[2:])
+    assert y.std() > 0.01
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+
+
+def test_a_size_that_patches_do_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"patches of side 3 and halved 1 times: .* 6"):
+        UNetConfig(28, 1, 1, 4, (1, 2), groups=2, attention=(), patch=3)
+    with pytest.raises(ValueError, match=r"sides \(14, 7\)"):
+        UNetConfig(28, 1, 1, 4, (1, 2), groups=2, attention=(28,), patch=2)
+    with pytest.raises(ValueError, match="patch"):
+        UNetConfig(28, 1, 1, 4, (1, 2), groups=2, attention=(), patch=0)
 
 
 def test_a_new_net_learns_from_the_last_layer_on() -> None:
