@@ -181,7 +181,7 @@ def flip(content: bytes, place: int, mask: int) -> bytes:
 def regions(content: bytes) -> dict[str, range]:
     """Where in a file are: length of the header, metadata, header, tensors."""
     (length,) = struct.unpack("<Q", content[:8])
-    begin, stop = content.index(b"{", 9), content.index(b"},", 9)
+    begin, stop = content.index(b"{", 9), content.index(b'"},"', 9)
     return {
         "length": range(8),
         "metadata": range(begin, stop + 1),
