@@ -84,7 +84,7 @@ def wait(process: subprocess.Popen[bytes], happened: Callable[[], object]) -> No
     """Look again every half millisecond until it has happened."""
     deadline = time.monotonic() + 120
     while not happened():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, process.communicate()[1].decode()
         assert time.monotonic() < deadline
         time.sleep(0.0005)
 
