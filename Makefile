@@ -7,7 +7,7 @@ PY = .venv/bin/python
 STAMP = .venv/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help setup book test quick extract refresh lint test-other-cpu clean browser
+.PHONY: help setup book test quick extract refresh lint prove test-other-cpu clean browser
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ lint: setup  ## ruff and mypy --strict
 	@$(PY) -m ruff check ddpm_core tools tests conftest.py
 	@$(PY) -m ruff format --check ddpm_core tools tests conftest.py
 	@$(PY) -m mypy ddpm_core tools
+
+prove: setup  ## crash safety at length, some minutes: kills, damage, a full disk
+	@$(PY) -m pytest -q -m prove -rP tests
 
 test-other-cpu: setup  ## run the chapters as on another CPU: one thread, no AVX-512, no AMX
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
