@@ -223,11 +223,12 @@ def _class_of(given: Mapping[str, Any], right: str) -> list[str]:
 
 def _refuse(where: str, problems: list[str]) -> None:
     if problems:
-        raise ValueError(f"{where} does not fit:\n- " + "\n- ".join(problems))
+        lines = [p if len(p) <= 500 else f"{p[:497]}..." for p in problems]
+        raise ValueError(f"{where} does not fit:\n- " + "\n- ".join(lines))
 
 
 # --- book/workshop/interchange.ipynb · interchange-export-config · What the arrays...
-LARGEST = 2**14  # of a side or a number of channels: a bound for damaged files
+LARGEST = 2**14  # of a side or a number of channels; more is a damaged file
 
 
 def _side(field: str, value: object) -> int:
@@ -241,7 +242,7 @@ def _channels(field: str, value: object) -> int:
 
 
 def _blocks(field: str, value: object) -> int:
-    return checks.integer(field, value, low=1, high=32)
+    return checks.integer(field, value, low=1, high=16)
 
 
 def _probability(field: str, value: object) -> float:
@@ -253,8 +254,8 @@ def _head_dim(field: str, value: object) -> int | None:
 
 
 def _widths(field: str, value: object) -> list[int]:
-    if not isinstance(value, list) or not 1 <= len(value) <= 10:
-        raise ValueError(f"{field} must be a list of 1 to 10 integers; got {value!r}")
+    if not isinstance(value, list) or not 1 <= len(value) <= 8:
+        raise ValueError(f"{field} must be a list of 1 to 8 integers; got {value!r}")
     widths = [_channels(field, width) for width in value]
     if any(width % widths[0] for width in widths):
         raise ValueError(
