@@ -585,7 +585,7 @@ def fit_weights(
     with torch.device("meta"):
         model = UNet(config)
     expected, found, problems = model.state_dict(), dict[str, Tensor](), []
-    for name, x in tensors.items():
+    for name, x in sorted(tensors.items()):  # the library has no order
         ours, shape = our_name(name), list(x.shape)
         if ours is None or ours not in expected:
             problems.append(f"{name} {shape} has no place in our U-Net")

@@ -216,6 +216,12 @@ def test_names_of_diffusers_go_over_and_come_back(name: str) -> None:
     assert all(our_name(str(their_name(n))) == n for n in here)
 
 
+def test_long_numbers_in_names_of_diffusers() -> None:
+    name = "up_blocks.10.attentions.123.group_norm.bias"
+    assert our_name(name) == "up.10.123.attention.norm.bias"
+    assert their_name("up.10.123.attention.norm.bias") == name
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -544,6 +550,12 @@ def test_heads_of_diffusers_differ_from_level_to_level() -> None:
     with pytest.raises(ValueError, match=r"attention_head_dim = 8 with \[8, 16\]"):
         read_unet_config(tiny(attention_head_dim=8, **both))
     assert read_unet_config(tiny(**both)).heads == 1
+    upper = {
+        "down_block_types": ["AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
+    }
+    with pytest.raises(ValueError, match=r"attention_head_dim = 8 with \[8, 16\]"):
+        read_unet_config(tiny(attention_head_dim=8, **upper))  # the middle attends too
     with pytest.raises(ValueError, match=r"heads = 2 at widths \[8, 16\]"):
         unet_fields(replace(TINY, heads=2, attention=(8, 4)))
 
