@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ddpm_core.interchange import our_name
 from ddpm_core.unet import (
     UNET_CONFIGS,
     Downsample,
@@ -68,37 +68,6 @@ def meta(config: UNetConfig) -> UNet:
 
 # ---------------------------------------------------------------- the second opinion
 
-RENAMED = (
-    (r"^time_embedding\.linear_1", "time.0"),
-    (r"^time_embedding\.linear_2", "time.2"),
-    (r"^conv_norm_out", "norm_out"),
-    (r"^mid_block\.resnets\.0", "middle_1.block"),
-    (r"^mid_block\.resnets\.1", "middle_2.block"),
-    (r"^mid_block\.attentions\.0", "middle_1.attention"),
-    (r"^(down|up)_blocks\.(\d+)\.resnets\.(\d+)", r"\1.\2.\3.block"),
-    (r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)", r"\1.\2.\3.attention"),
-    (r"^down_blocks\.(\d+)\.downsamplers\.0", r"downsample.\1"),
-    (r"^up_blocks\.(\d+)\.upsamplers\.0", r"upsample.\1"),
-    (r"\.norm1\b", ".norm_1"),
-    (r"\.norm2\b", ".norm_2"),
-    (r"\.conv1\b", ".conv_1"),
-    (r"\.conv2\b", ".conv_2"),
-    (r"\.time_emb_proj\b", ".time"),
-    (r"\.conv_shortcut\b", ".shortcut"),
-    (r"\.group_norm\b", ".norm"),
-    (r"\.to_q\b", ".query"),
-    (r"\.to_k\b", ".key"),
-    (r"\.to_v\b", ".value"),
-    (r"\.to_out\.0\b", ".out"),
-)
-
-
-def our_name(name: str) -> str:
-    """The name that one of diffusers' parameters has in our network."""
-    for old, new in RENAMED:
-        name = re.sub(old, new, name)
-    return name
-
 
 def reference(config: UNetConfig) -> UNet2DModel:
     """The same network built by diffusers."""
@@ -133,7 +102,7 @@ def both(config: UNetConfig, dtype: torch.dtype) -> tuple[UNet, UNet2DModel]:
         ours = UNet(config)
     theirs = theirs.to_empty(device="cpu").to(dtype).eval()
     randomise(theirs)
-    state = {our_name(name): p for name, p in theirs.state_dict().items()}
+    state = {str(our_name(name)): p for name, p in theirs.state_dict().items()}
     ours.load_state_dict(state, strict=True, assign=True)
     return ours.eval(), theirs
 
@@ -324,8 +293,14 @@ def test_residual_block_agrees_with_diffusers() -> None:
         ).double()
         randomise(theirs)
         ours = ResidualBlock(8, width, 32, groups=4).double()
-        names = {our_name("." + n)[1:]: p for n, p in theirs.state_dict().items()}
-        ours.load_state_dict(names, strict=True)
+        there, here = "mid_block.resnets.0.", "middle_1.block."
+        ours.load_state_dict(
+            {
+                str(our_name(there + n)).removeprefix(here): p
+                for n, p in theirs.state_dict().items()
+            },
+            strict=True,
+        )
         x = torch.randn(2, 8, 5, 6, generator=generator(), dtype=torch.float64)
         e = torch.randn(2, 32, generator=generator(1), dtype=torch.float64)
         torch.testing.assert_close(ours(x, e), theirs(x, e), atol=1e-12, rtol=0)
