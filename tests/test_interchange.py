@@ -391,6 +391,14 @@ def test_half_precision_of_diffusers_is_read_exactly(copy: Path) -> None:
     assert all(torch.equal(here[str(our_name(n))], x.float()) for n, x in there.items())
 
 
+def test_one_float64_tensor_of_diffusers_is_not_rounded() -> None:
+    tensors = dict(theirs(tiny()).state_dict())
+    tensors["conv_in.bias"] = torch.full((8,), 1 / 3, dtype=torch.float64)
+    model = fit_weights(read_unet_config(tiny()), tensors)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert torch.equal(model.conv_in.bias, tensors["conv_in.bias"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_for_diffusers_keep_their_dtype(
     dtype: torch.dtype, tmp_path: Path
@@ -615,6 +623,7 @@ SCHEDULES = {
     "float32": (linear(1000).to(dtype=torch.float32), "linear"),
     "float32, cosine": (cosine(100).to(dtype=torch.float32), "squaredcos_cap_v2"),
     "own line": (from_beta(torch.linspace(1e-3, 0.3, 40, dtype=torch.double)), None),
+    "nearly linear": (from_beta(linear(1000).beta[1:] * (1 + 1e-9)), None),
     "constant": (from_beta(torch.full((9,), 0.25)), None),
     "one step": (from_beta(torch.tensor([0.5])), None),
     "other cosine": (cosine(100, s=0.1), None),
