@@ -20,14 +20,18 @@ class Launched(Processes):
     r"""The processes that `torchrun` or `accelerate launch` started, as a group.
 
     `device` becomes this process's own: its graphics card, or the CPU for "cpu".
+    Raises ModuleNotFoundError without Hugging Face's `accelerate`.
 
     >>> Launched("cpu").count
     1
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        from accelerate import Accelerator
-
+        try:
+            from accelerate import Accelerator
+        except ModuleNotFoundError as error:
+            text = "several processes need a library: pip install accelerate"
+            raise ModuleNotFoundError(text) from error
         on_cpu = torch.device(device).type == "cpu"
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
         self.rank = self.accelerator.process_index

@@ -66,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add, names = options.add_argument, ", ".join(pretrained())
     add("--weights", metavar="NAME|PATH", help=f"{names}, or a model.safetensors")
-    add_number(options, "--n", 100, "how many samples")
+    many = "how many samples; under torchrun write --samples [%(default)s]"
+    add("--n", "--samples", type=int, default=100, metavar="N", help=many)
     add(
         "--out",
         nargs="+",

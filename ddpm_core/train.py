@@ -268,9 +268,10 @@ def file_words(options: argparse.ArgumentParser, path: Path) -> list[str]:
             options.set_defaults(out=Path(value))
         elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
         elif value is not None:
-            many = value if isinstance(value, list) else [value]
-            words += [f"--{flag}", *map(str, many)]
+            words.append(f"--{flag}={value}")
     return words
 
 
@@ -488,7 +489,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer = build(options)
         options.out.mkdir(parents=True, exist_ok=True)
         count = trainer.processes.count
-        there = f"{trainer.precision} on {trainer.device}, {count} process(es)"
+        several = "1 process" if count == 1 else f"{count} processes"
+        there = f"{trainer.precision} on {trainer.device}, {several}"
         tell(trainer, f"{there}, from step {trainer.step}")
         watch(trainer, options.out, options.save_every, options.log_every)
         if trainer.processes.rank == 0:

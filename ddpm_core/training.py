@@ -319,10 +319,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with mode(self.model, training=True):
             t, losses = self.accumulate(k)
+        loss = losses.mean().item()
+        self.check_finite("loss", loss)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        loss, length = losses.mean().item(), float(norm)
-        self.check_finite(k, loss, length)
+        length = float(norm)
+        if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+            self.check_finite("length of the gradient", length)
         lr = self.config.learning_rate(k)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -332,16 +335,15 @@ class Trainer:
         self.step = k
         return Progress(k, loss, lr, length, t, losses)
 
-    def check_finite(self, k: int, loss: float, norm: float) -> None:
-        """Stop before the weights change if loss or gradient is no finite number."""
-        scaled = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+    def check_finite(self, name: str, value: float) -> None:
+        """Stop the step under way, before it changes a weight, if `value` is no number."""
+        if math.isfinite(value):
             return
         self.optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(
-            f"step {k}: the loss is {loss}, the length of the gradient {norm}; the "
-            f"weights are still those of step {self.step}. Try a lower learning rate "
-            "(lr), more warm-up (warmup), or float32 (precision='fp32')"
+            f"step {self.step + 1}: the {name} is {value}; the weights are still those "
+            f"of step {self.step}. Try a lower learning rate (lr), more warm-up "
+            "(warmup), or float32 (precision='fp32')"
         )
 
     def accumulate(self, k: int) -> tuple[Tensor, Tensor]:
