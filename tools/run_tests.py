@@ -27,9 +27,14 @@ PLANNED = {
 OPTIONAL = ("gpu", "network", "data")
 
 
+def file_of(nodeid: str) -> str:
+    """The file that a test stands in; a parameter's name may hold another's."""
+    return nodeid.split("::")[0]
+
+
 def group_of(nodeid: str) -> str:
     """The row of the table that a test belongs to."""
-    if ".ipynb" in nodeid:
+    if file_of(nodeid).endswith(".ipynb"):
         return "chapters"
     if nodeid.startswith("tests/site"):
         return "site"
@@ -50,8 +55,8 @@ class Minutes:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[group_of(report.nodeid)] += report.duration
-        if ".ipynb" in report.nodeid:
-            self.chapters[report.nodeid.split("::")[0]] += report.duration
+        if group_of(report.nodeid) == "chapters":
+            self.chapters[file_of(report.nodeid)] += report.duration
 
     def pytest_deselected(self, items: list[Any]) -> None:
         for item in items:
