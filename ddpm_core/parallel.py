@@ -15,7 +15,7 @@ from ddpm_core.training import Processes
 __all__ = ["Launched", "anywhere", "join"]
 
 
-# --- book/scale/many_gpus.ipynb · many-gpus-export-parallel · From one laptop to...
+# --- book/scale/many_gpus.ipynb · many-gpus-export-parallel · The code
 class Launched(Processes):
     r"""The processes that `torchrun` or `accelerate launch` started, as a group.
 

@@ -510,7 +510,7 @@ def finish(trainer: Trainer, folder: Path) -> None:
     model = cast(UNet, trainer.model)
     with trainer.ema.swapped(model):
         card = save_model(folder / "model.safetensors", model, facts(trainer))
-    tell(trainer, f"saved {card['parameters']} averaged weights of {folder}")
+    tell(trainer, f"saved {card['parameters']} averaged weights of step {trainer.step}")
 
 
 def facts(trainer: Trainer) -> dict[str, Any]:
