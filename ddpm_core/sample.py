@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-sample-options · The...
+# --- book/workshop/command_line.ipynb · command-line-export-sample-options · Samples
 SAMPLERS = {"ancestral": ancestral}
 SUFFIXES = (".png", ".npy", ".safetensors")
 
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-sample · The command line
+# --- book/workshop/command_line.ipynb · command-line-export-sample · Samples
 def load(weights: str, device: torch.device) -> tuple[UNet, Schedule, dict[str, Any]]:
     r"""The network, schedule and card of shipped weights or of a file.
 
@@ -174,7 +174,7 @@ def draw(
     return processes.add_up(samples).cpu()
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-sample-main · The...
+# --- book/workshop/command_line.ipynb · command-line-export-sample-main · Samples
 def write(path: Path, samples: Tensor, zoom: int, facts: dict[str, str]) -> None:
     r"""Samples [n, C, H, W] as a picture (.png) or raw (.npy, .safetensors).
 

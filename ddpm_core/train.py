@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-data · The command line
+# --- book/workshop/command_line.ipynb · command-line-export-data · Options
 DATA = ("digits", "fashion_mnist", "mnist", "cifar10", "folder")
 
 
@@ -96,7 +96,7 @@ def read_data(name: str, config: str, folder: str | None) -> Tensor:
     return images
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-parser · The command line
+# --- book/workshop/command_line.ipynb · command-line-export-parser · Options
 def add_number(
     to: argparse._ActionsContainer,
     name: str,
@@ -200,7 +200,7 @@ def add_optimiser(group: argparse._ArgumentGroup) -> None:
     add("--precision", choices=PRECISIONS, help="arithmetic [by the device]")
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-options · The command line
+# --- book/workshop/command_line.ipynb · command-line-export-options · Options
 def read_options(
     options: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> argparse.Namespace:
@@ -275,7 +275,7 @@ def file_words(options: argparse.ArgumentParser, path: Path) -> list[str]:
     return words
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-signals · The command line
+# --- book/workshop/command_line.ipynb · command-line-export-signals · Stopping
 @contextmanager
 def asked_to_stop(alone: bool = True) -> Iterator[list[int]]:
     r"""A list that fills with the signals SIGINT (Ctrl-C) and SIGTERM as they come.
@@ -306,7 +306,7 @@ def asked_to_stop(alone: bool = True) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-log · The command line
+# --- book/workshop/command_line.ipynb · command-line-export-log · Metrics
 def lines_up_to(path: Path, step: int) -> str:
     r"""The whole lines of a metrics file that belong to steps up to `step`.
 
@@ -382,7 +382,7 @@ class Log:
             self.board.close()
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-watch · The command line
+# --- book/workshop/command_line.ipynb · command-line-export-watch · When something...
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -444,7 +444,7 @@ def tell(trainer: Trainer, text: str) -> None:
         print(text, flush=True)
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-main · The command line
+# --- book/workshop/command_line.ipynb · command-line-export-main · When something...
 def build(options: argparse.Namespace) -> Trainer:
     r"""The trainer that the options describe, where its checkpoint left off.
 
