@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ddpm_core import checks
-from ddpm_core.modes import mode
 from ddpm_core.process import PREDICTIONS, VARIANCES, p_mean_variance
 from ddpm_core.schedules import Schedule
+from ddpm_core.switching import mode
 
 __all__ = [
     "Generators",

@@ -19,9 +19,9 @@ from ddpm_core import checks
 from ddpm_core.ema import EMA, ema_decay
 from ddpm_core.files import load_tensors, save_tensors, schedule_on, tensor_bytes
 from ddpm_core.losses import simple_loss
-from ddpm_core.modes import mode
 from ddpm_core.process import PREDICTIONS
 from ddpm_core.schedules import Schedule
+from ddpm_core.switching import mode
 
 __all__ = [
     "DECAYS",

@@ -209,7 +209,7 @@ def check_module(cell, module, position):
 
 ORDER = ["checks", "schedules", "equations", "process", "losses", "vae", "oracles"]
 ORDER += [
-    "modes",
+    "switching",
     "samplers",
     "flows",
     "unet",
