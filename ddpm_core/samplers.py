@@ -3,23 +3,23 @@
 - book/ddpm/sampling.ipynb
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_core import checks
 from ddpm_core.process import PREDICTIONS, VARIANCES, p_mean_variance
 from ddpm_core.schedules import Schedule
+from ddpm_core.switching import mode
 
 __all__ = [
+    "Generators",
     "Model",
     "State",
     "ancestral",
     "check_start",
-    "evaluating",
     "last",
     "noise_like",
     "predict",
@@ -47,43 +47,29 @@ class State(NamedTuple):
     x_0: Tensor
 
 
-@contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    r"""Switch every part of a module to `eval()`, and each back to what it was before.
-
-    Dropout must be off while sampling. A model that is no `torch.nn.Module` is left
-    alone. For use inside one step, never around a `yield`.
-
-    >>> layer = nn.Dropout(0.5)
-    >>> with evaluating(layer):
-    ...     print(layer.training)
-    False
-    >>> layer.training
-    True
-    """
-    parts = list(model.modules()) if isinstance(model, nn.Module) else []
-    before = [part.training for part in parts]
-    try:
-        for part in parts:
-            part.training = False
-        yield
-    finally:
-        for part, training in zip(parts, before, strict=True):
-            part.training = training
-
-
 # --- book/ddpm/sampling.ipynb · sampling-noise-like · The code
-def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
     r"""Standard Gaussian noise like `x`, drawn on the CPU and then moved to x's device.
 
     So one seed gives the same noise on every device. Drawn in float64 for a float64
-    `x` and in float32 for all others. `generator`: one of the CPU, or None for
-    PyTorch's global one. Raises ValueError for a generator of another device.
+    `x` and in float32 for all others. `generator`: one of the CPU; a list of them, one
+    for each of the B samples of x [B, ...]; or None for PyTorch's global one. Raises
+    ValueError for a generator of another device or another number of them.
 
     >>> noise_like(torch.zeros(2, 3), torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3])
     """
     checks.tensor("x", x)
+    if isinstance(generator, Sequence):
+        if len(generator) != len(x):
+            raise ValueError(
+                f"generator must hold one for each of the {len(x)} samples; "
+                f"got {len(generator)}"
+            )
+        return torch.stack([noise_like(*z) for z in zip(x, generator, strict=True)])
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(
             "generator must be one of the CPU, so that a seed means the same on every "
@@ -106,7 +92,7 @@ def predict(model: Model, schedule: Schedule, x: Tensor, steps: Tensor) -> Tenso
     >>> predict(lambda x, t: x + t, linear(), x, steps)
     tensor([[7., 7.]])
     """
-    with evaluating(model):
+    with mode(model, training=False):
         output = model(x, schedule.timesteps[steps])
     checks.tensor("the model's output", output)
     checks.same_shape("the model's output", output, "x_t", x)
@@ -124,7 +110,7 @@ def ancestral(
     prediction: str = "eps",
     variance: str = "fixed_large",
     clip: bool = True,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Iterator[State]:
     r"""Algorithm 2 of Ho et al. 2020, `eq-sampling-algorithm-2`: T states, t = T-1...0.
 

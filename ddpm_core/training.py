@@ -3,60 +3,53 @@
 - book/ddpm/training.ipynb
 """
 
-import argparse
 import hashlib
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ddpm_core import checks, data
+from ddpm_core import checks
 from ddpm_core.ema import EMA, ema_decay
 from ddpm_core.files import (
     load_tensors,
     remove_leftovers,
-    save_model,
     save_tensors,
     schedule_on,
     tensor_bytes,
 )
 from ddpm_core.losses import simple_loss
 from ddpm_core.process import PREDICTIONS
-from ddpm_core.schedules import SCHEDULES, Schedule
-from ddpm_core.unet import UNET_CONFIGS, UNet
+from ddpm_core.schedules import Schedule
+from ddpm_core.switching import mode
 
 __all__ = [
     "DECAYS",
     "PRECISIONS",
     "Draws",
+    "Processes",
     "Progress",
     "TrainConfig",
     "Trainer",
     "batch_indices",
     "check_checkpoint",
+    "check_shares",
     "checkpoint_facts",
     "checkpoint_tensors",
     "choose_precision",
     "draws",
-    "facts",
     "image_digest",
     "load_checkpoint",
     "loss_per_bin",
-    "main",
-    "mode",
-    "parser",
-    "read_data",
     "save_checkpoint",
     "stream",
     "stream_seed",
-    "watch",
     "with_prefix",
 ]
 
@@ -213,26 +206,34 @@ def choose_precision(device: torch.device | str) -> str:
     return "bf16" if native else "fp16"
 
 
-@contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    r"""Put every part of a model in training or evaluation mode, and back afterwards.
+class Processes:
+    r"""The processes that train together: here one, alone. `rank` counts from 0.
 
-    For use inside one step, never around a `yield`.
+    `ddpm_core.parallel`, ahead in the book, has the answers for several.
 
-    >>> layer = nn.Dropout(0.5)
-    >>> with mode(layer, training=False):
-    ...     print(layer.training)
-    False
-    >>> layer.training
-    True
+    >>> alone = Processes()
+    >>> alone.rank, alone.count, alone.add_up(torch.ones(2))
+    (0, 1, tensor([1., 1.]))
     """
-    before = [(part, part.training) for part in model.modules()]
-    try:
-        model.train(training)
-        yield
-    finally:
-        for part, was in before:
-            part.training = was
+
+    rank = 0
+    count = 1
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The network to call: one whose gradients are averaged over the processes."""
+        return model
+
+    def hold(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Keep gradients to oneself: more parts of the batch are to come."""
+        return nullcontext()
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes, in each of them."""
+        return x
+
+    def first(self) -> AbstractContextManager[None]:
+        """Let one process on each machine go first, as the one that downloads data."""
+        return nullcontext()
 
 
 class Progress(NamedTuple):
@@ -254,6 +255,20 @@ class Progress(NamedTuple):
 
 
 # --- book/ddpm/training.ipynb · training-export-trainer · The trainer
+def check_shares(config: TrainConfig, count: int) -> None:
+    r"""Raise ValueError unless a batch falls into equal parts for `count` processes.
+
+    >>> check_shares(TrainConfig(steps=1, batch_size=6, accumulate=2), 2)
+    Traceback (most recent call last):
+    ValueError: batch_size = 6 must be a multiple of 2 processes times accumulate = 2
+    """
+    if config.batch_size % (count * config.accumulate):
+        raise ValueError(
+            f"batch_size = {config.batch_size} must be a multiple of {count} "
+            f"processes times accumulate = {config.accumulate}"
+        )
+
+
 class Trainer:
     r"""Algorithm 1 (Ho et al. 2020) with warm-up, clipping and EMA, step by step.
 
@@ -261,10 +276,12 @@ class Trainer:
     to `device`. `for progress in trainer.steps()` trains; the averaged weights are in
     `trainer.ema`, the number of steps done in `trainer.step`. Raises ValueError.
 
+    >>> from ddpm_core.data import digits
     >>> from ddpm_core.schedules import cosine
+    >>> from ddpm_core.unet import UNET_CONFIGS, UNet
     >>> config = TrainConfig(steps=2, batch_size=4)
     >>> model = UNet(UNET_CONFIGS["digits"], torch.Generator().manual_seed(0))
-    >>> trainer = Trainer(model, cosine(200), data.digits().images, config)
+    >>> trainer = Trainer(model, cosine(200), digits().images, config)
     >>> [progress.step for progress in trainer.steps()]
     [1, 2]
     """
@@ -276,14 +293,18 @@ class Trainer:
         images: Tensor,
         config: TrainConfig,
         device: torch.device | str = "cpu",
+        processes: Processes | None = None,
     ) -> None:
         checks.tensor("images", images)
         checks.between("images", images, -1, 1)
+        self.processes = processes or Processes()
+        check_shares(config, self.processes.count)
         self.device = torch.device(device)
         self.precision = config.precision or choose_precision(self.device)
         # channels last: the same numbers, in the order that convolutions run fastest
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
+        self.network = self.processes.wrap(self.model)
         self.schedule = schedule_on(schedule, self.device)
         self.images, self.config, self.step = images, config, 0
         decay = config.ema_decay
@@ -305,8 +326,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with mode(self.model, training=True):
             t, losses = self.accumulate(k)
+        loss = losses.mean().item()
+        self.check_finite("loss", loss)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        length = float(norm)
+        if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+            self.check_finite("length of the gradient", length)
         lr = self.config.learning_rate(k)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -314,31 +340,49 @@ class Trainer:
         self.scaler.update()
         self.ema.update(self.model)
         self.step = k
-        losses = losses.float().cpu()
-        loss = losses.mean().item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {k} is {loss}: lower lr")
-        return Progress(k, loss, lr, float(norm), t, losses)
+        return Progress(k, loss, lr, length, t, losses)
+
+    def check_finite(self, name: str, value: float) -> None:
+        """Stop the step under way, before it changes a weight, if `value` is no number."""
+        if math.isfinite(value):
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        raise FloatingPointError(
+            f"step {self.step + 1}: the {name} is {value}; the weights are still those "
+            f"of step {self.step}. Try a lower learning rate (lr), more warm-up "
+            "(warmup), or float32 (precision='fp32')"
+        )
 
     def accumulate(self, k: int) -> tuple[Tensor, Tensor]:
         """Add up the gradient of step k over the parts of its batch; (t, losses)."""
-        config, losses = self.config, []
+        config, count = self.config, self.processes.count
         which = batch_indices(config, k, len(self.images))
         drawn = draws(config, self.schedule, k, tuple(self.images.shape[1:]))
         x_0 = self.images[which.to(self.images.device)]
         mirror = drawn.flip.reshape(-1, *[1] * (x_0.ndim - 1)).to(x_0.device)
         x_0 = torch.where(mirror, x_0.flip(-1), x_0)
-        parts = torch.arange(config.batch_size).chunk(config.accumulate)
+        losses = torch.zeros(config.batch_size, device=self.device)
+        share = config.batch_size // count
+        mine = self.parts()
         with torch.random.fork_rng(self.cuda_devices()):
-            for place, part in enumerate(parts):
+            for place, part in mine.items():
                 torch.manual_seed(stream_seed(config.seed, f"dropout {place}", k))
                 noise = drawn.eps[part].to(x_0.dtype)
                 inputs = (x_0[part], drawn.t[part], noise)
-                loss = self.losses(*(x.to(self.device) for x in inputs))
-                share = self.scaler.scale(loss.sum() / config.batch_size)
-                torch.autograd.backward(share)
-                losses.append(loss.detach())
-        return drawn.t, torch.cat(losses)
+                last = place == max(mine)
+                with nullcontext() if last else self.processes.hold(self.network):
+                    loss = self.losses(*(x.to(self.device) for x in inputs))
+                    mean = self.scaler.scale(loss.sum() / share)
+                    torch.autograd.backward(mean)
+                losses[part.to(self.device)] = loss.detach().float()
+        return drawn.t, self.processes.add_up(losses).cpu()
+
+    def parts(self) -> dict[int, Tensor]:
+        """The parts of a batch that are this process's: number -> places."""
+        each, rank = self.config.accumulate, self.processes.rank
+        places = torch.arange(self.config.batch_size)
+        parts = places.chunk(each * self.processes.count)
+        return {i: parts[i] for i in range(rank * each, (rank + 1) * each)}
 
     def losses(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each sample, [B], in the precision that was chosen."""
@@ -347,7 +391,7 @@ class Trainer:
         low = torch.autocast(self.device.type, kind) if kind else nullcontext()
         with low:
             return simple_loss(
-                self.model,
+                self.network,
                 self.schedule,
                 x_0,
                 t,
@@ -364,10 +408,10 @@ class Trainer:
 def checkpoint_tensors(trainer: Trainer) -> dict[str, Tensor]:
     r"""Model, averaged weights and optimiser state as one flat dictionary of tensors.
 
+    >>> from ddpm_core.schedules import cosine
+    >>> from ddpm_core.unet import UNET_CONFIGS, UNet
     >>> model = UNet(UNET_CONFIGS["digits"])
-    >>> trainer = Trainer(
-    ...     model, SCHEDULES["cosine"](200), torch.zeros(1, 1, 8, 8), TrainConfig(1)
-    ... )
+    >>> trainer = Trainer(model, cosine(200), torch.zeros(1, 1, 8, 8), TrainConfig(1))
     >>> {name.split(".")[0] for name in checkpoint_tensors(trainer)} == {"model", "ema"}
     True
     """
@@ -381,10 +425,10 @@ def checkpoint_tensors(trainer: Trainer) -> dict[str, Tensor]:
 def checkpoint_facts(trainer: Trainer) -> dict[str, Any]:
     r"""What must agree when a run is taken up again, and where it stands.
 
+    >>> from ddpm_core.schedules import cosine
+    >>> from ddpm_core.unet import UNET_CONFIGS, UNet
     >>> model = UNet(UNET_CONFIGS["digits"])
-    >>> trainer = Trainer(
-    ...     model, SCHEDULES["cosine"](200), torch.zeros(1, 1, 8, 8), TrainConfig(1)
-    ... )
+    >>> trainer = Trainer(model, cosine(200), torch.zeros(1, 1, 8, 8), TrainConfig(1))
     >>> checkpoint_facts(trainer)["step"]
     0
     """
@@ -524,6 +568,7 @@ def loss_per_bin(
     is in `eval()` mode meanwhile. Raises ValueError if `bins` does not divide T.
 
     >>> from ddpm_core.schedules import linear
+    >>> from ddpm_core.unet import UNET_CONFIGS, UNet
     >>> model = UNet(UNET_CONFIGS["digits"])
     >>> loss_per_bin(model, linear(), torch.zeros(4, 1, 8, 8), 2).shape
     torch.Size([2])
@@ -546,137 +591,3 @@ def loss_per_bin(
                 total += losses.double().mean().item()
             means.append(total / repeats)
     return torch.tensor(means, dtype=torch.float64)
-
-
-# --- book/ddpm/training.ipynb · training-export-main · A longer run, and the command
-def read_data(name: str, config: str, folder: str | None) -> Tensor:
-    r"""The training images that the command's options name, of the network's size.
-
-    >>> read_data("digits", "digits", None).shape
-    torch.Size([1297, 1, 8, 8])
-    """
-    shape = UNET_CONFIGS[config]
-    side, channels = shape.image_size, shape.in_channels
-    if name == "digits":
-        images = data.digits("train").images
-    elif name == "folder":
-        if folder is None:
-            raise ValueError("data folder needs --folder PATH")
-        images = data.image_folder(folder, side, channels).images
-    elif name == "cifar10":
-        images = data.cifar10("train").images
-    else:
-        images = getattr(data, name)("train", side).images
-    if images.shape[1:] != (channels, side, side):
-        raise ValueError(
-            f"{name} has images of shape {tuple(images.shape[1:])}, network {config!r} "
-            f"is for {(channels, side, side)}"
-        )
-    return images
-
-
-def parser() -> argparse.ArgumentParser:
-    r"""The options of `python -m ddpm_core.training`.
-
-    >>> parser().parse_args(["out"]).data
-    'digits'
-    """
-    options = argparse.ArgumentParser(
-        prog="python -m ddpm_core.training",
-        description="Train a diffusion model; run it again to go on after a break.",
-    )
-    add, names = options.add_argument, ("fashion_mnist", "mnist", "cifar10", "folder")
-    add("out", type=Path, help="folder for checkpoint.safetensors and the weights")
-    add("--data", choices=("digits", *names), default="digits")
-    add("--folder", help="your images, for --data folder")
-    add("--network", choices=sorted(UNET_CONFIGS), default="digits")
-    add("--schedule", choices=sorted(SCHEDULES), default="cosine")
-    add("--T", type=int, default=1000, help="number of diffusion steps")
-    add("--steps", type=int, default=10_000, help="number of optimiser steps")
-    add("--batch-size", type=int, default=128)
-    add("--accumulate", type=int, default=1, help="split each batch in so many parts")
-    add("--lr", type=float, default=2e-4)
-    add("--warmup", type=int, default=500)
-    add("--decay", choices=DECAYS, default="constant")
-    add("--flip", action="store_true", help="mirror half of the images")
-    add("--prediction", choices=PREDICTIONS, default="eps")
-    add("--precision", choices=PRECISIONS, help="default: by the device")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--save-every", type=int, default=1000, help="steps between two checkpoints")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> None:
-    r"""The command `python -m ddpm_core.training`: train, or go on, and save.
-
-    Writes OUT/checkpoint.safetensors on the way and OUT/model.safetensors with its card
-    at the end. A progress bar appears where a person watches.
-
-    >>> main(["--help"])
-    Traceback (most recent call last):
-    SystemExit: 0
-    """
-    options = parser().parse_args(arguments)
-    settings = {f.name for f in fields(TrainConfig)} & vars(options).keys()
-    config = TrainConfig(**{name: getattr(options, name) for name in settings})
-    images = read_data(options.data, options.network, options.folder)
-    start = stream(config.seed, "weights", 0)
-    model = UNet(UNET_CONFIGS[options.network], start)
-    schedule = SCHEDULES[options.schedule](options.T)
-    trainer = Trainer(model, schedule, images, config, options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = options.out / "checkpoint.safetensors"
-    if checkpoint.exists():
-        load_checkpoint(checkpoint, trainer)
-    print(f"{trainer.precision} on {trainer.device}, from step {trainer.step}")
-    watch(trainer, checkpoint, options.save_every)
-    with trainer.ema.swapped(model):
-        card = save_model(options.out / "model.safetensors", model, facts(trainer))
-    print(f"saved {card['parameters']} averaged weights after {trainer.step} steps")
-
-
-def watch(trainer: Trainer, checkpoint: Path, every: int) -> None:
-    r"""Train to the end, with a progress bar on a terminal, saving now and then.
-
-    Interrupting it (Ctrl-C) saves first. Raises OSError.
-
-    >>> watch.__name__
-    'watch'
-    """
-    total, smooth = trainer.config.steps, None
-    with tqdm(total=total, initial=trainer.step, disable=None) as bar:
-        try:
-            for progress in trainer.steps():
-                before = progress.loss if smooth is None else smooth
-                smooth = 0.99 * before + 0.01 * progress.loss
-                bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
-                bar.update()
-                if progress.step % every == 0:
-                    save_checkpoint(checkpoint, trainer)
-        finally:
-            save_checkpoint(checkpoint, trainer)
-
-
-def facts(trainer: Trainer) -> dict[str, Any]:
-    r"""What a card says about a run, without the figures that are measured later.
-
-    >>> facts.__name__
-    'facts'
-    """
-    schedule, config = trainer.schedule, trainer.config
-    return {
-        "schedule": {"name": schedule.name, "T": schedule.T},
-        "prediction": config.prediction,
-        "training": {
-            **asdict(config),
-            "precision": trainer.precision,
-            "ema_decay": trainer.ema.decay,
-            "steps_done": trainer.step,
-            "images": list(trainer.images.shape),
-        },
-    }
-
-
-if __name__ == "__main__":
-    main()

@@ -29,7 +29,7 @@ from ddpm_core.schedules import cosine
 from ddpm_core.training import TrainConfig, Trainer
 from ddpm_core.unet import UNET_CONFIGS, UNet
 
-COMMAND = "ddpm_core.training"
+COMMAND = "ddpm_core.train"
 NAMES = ("checkpoint.safetensors", "model.safetensors", "model.json")
 FACTS = {"schedule": {"name": "cosine", "T": 20}, "prediction": "eps"}
 DAMAGED = r"no whole safetensors file|damaged|no 'sha256'"

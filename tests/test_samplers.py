@@ -417,3 +417,15 @@ def test_exact_denoiser_of_points_ends_in_the_points():
     distance = torch.cdist(samplers.last(run), points).min(dim=1)
     assert distance.values.max() < 1e-6
     assert len(set(distance.indices.tolist())) == 5
+
+
+def test_noise_of_a_sample_depends_on_its_own_generator():
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    both = samplers.noise_like(torch.zeros(2, 3), generators(5, 6))
+    for i, seed in enumerate((5, 6)):
+        alone = samplers.noise_like(torch.zeros(1, 3), generators(seed))
+        assert torch.equal(both[i], alone[0])
+    with pytest.raises(ValueError, match="one for each of the 3 samples; got 2"):
+        samplers.noise_like(torch.zeros(3, 3), generators(5, 6))
