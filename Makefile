@@ -7,7 +7,7 @@ PY = .venv/bin/python
 STAMP = .venv/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help setup book test quick extract refresh lint test-other-cpu clean browser
+.PHONY: help setup book test quick extract refresh lint prove test-other-cpu bench clean browser
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -47,13 +47,20 @@ refresh: setup  ## execute the chapters whose outputs are stale
 	@$(PY) tools/refresh.py --stale
 
 lint: setup  ## ruff and mypy --strict
-	@$(PY) -m ruff check ddpm_core tools tests conftest.py
-	@$(PY) -m ruff format --check ddpm_core tools tests conftest.py
+	@$(PY) -m ruff check ddpm_core tools tests benchmarks conftest.py
+	@$(PY) -m ruff format --check ddpm_core tools tests benchmarks conftest.py
 	@$(PY) -m mypy ddpm_core tools
+
+prove: setup  ## crash safety at length, some minutes: kills, damage, a full disk
+	@$(PY) -m pytest -q -m prove -rP tests
 
 test-other-cpu: setup  ## run the chapters as on another CPU: one thread, no AVX-512, no AMX
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	  MKL_ENABLE_INSTRUCTIONS=AVX2 $(PY) -m pytest --nbval -q book
+
+bench: setup  ## measure the U-Net beside its peers; writes book/results/bench.json
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r benchmarks/requirements.txt
+	$(PY) benchmarks/run.py
 
 clean:  ## remove everything that was built or installed
 	rm -rf .venv _build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

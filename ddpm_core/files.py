@@ -3,6 +3,7 @@
 - book/workshop/files.ipynb
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -30,17 +32,20 @@ __all__ = [
     "build_model",
     "current_umask",
     "digest",
+    "in_order",
     "load_model",
     "load_pretrained",
     "load_tensors",
     "pretrained",
     "read_tensors",
+    "remove_leftovers",
     "replace",
     "save_model",
     "save_tensors",
     "schedule_on",
     "sync_folder",
     "tensor_bytes",
+    "write_and_rename",
     "write_atomically",
 ]
 
@@ -118,8 +123,8 @@ def sync_folder(folder: Path) -> None:
 def write_atomically(path: str | Path, content: bytes) -> None:
     r"""Write a file whole or not at all: temporary name, sync, rename, sync the folder.
 
-    A crash leaves the file that was there before. The folder must exist; a temporary
-    file is removed when something fails. Raises OSError.
+    A crash leaves the file that was there before. The folder must exist. Raises OSError
+    that names `path`, as on a full disk, and says that nothing there has changed.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_atomically(Path(folder, "note.txt"), b"done")
@@ -127,6 +132,24 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     ['note.txt']
     """
     path = Path(path)
+    try:
+        write_and_rename(path, content)
+    except OSError as error:
+        before = "the file that was there before is untouched"
+        kept = before if os.path.exists(path) else "no file was written"
+        reason = f"{error.strerror or error}; {kept}"
+        raise type(error)(error.errno, reason, str(path)) from error
+    sync_folder(path.parent)
+
+
+def write_and_rename(path: Path, content: bytes) -> None:
+    r"""The steps up to the rename; what fails takes the temporary file with it.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_and_rename(Path(folder, "note.txt"), b"done")
+    ...     Path(folder, "note.txt").read_bytes()
+    b'done'
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
@@ -137,9 +160,26 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         os.chmod(temporary, 0o666 & ~current_umask())
         replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is what must be told
+            temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    r"""Delete the temporary files that killed writers of `path` have left beside it.
+
+    For a file that one process alone writes: the unfinished file of another goes too.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, ".note.txt.a1b2c3d4").write_bytes(b"do")
+    ...     remove_leftovers(Path(folder, "note.txt"))
+    ...     list(Path(folder).iterdir())
+    []
+    """
+    path = Path(path)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with suppress(OSError):
+            old.unlink()
 
 
 def current_umask() -> int:
@@ -180,8 +220,23 @@ def save_tensors(
             raise ValueError(f"metadata[{key!r}] must be a str, the key not {DIGEST!r}")
     strings[DIGEST] = digest(tensors, strings)
     plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-    write_atomically(path, to_safetensors(plain, metadata=strings))
+    write_atomically(path, in_order(to_safetensors(plain, metadata=strings)))
     return strings[DIGEST]
+
+
+def in_order(content: bytes) -> bytes:
+    r"""The same safetensors file with the metadata sorted by name.
+
+    >>> written = [to_safetensors({}, {"a": "1", "b": "2"}) for _ in range(20)]
+    >>> len({in_order(content) for content in written})
+    1
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def read_tensors(

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from ddpm_core import checks
 from ddpm_core.ema import EMA, ema_decay
-from ddpm_core.files import load_tensors, save_tensors, schedule_on, tensor_bytes
+from ddpm_core.files import (
+    load_tensors,
+    remove_leftovers,
+    save_tensors,
+    schedule_on,
+    tensor_bytes,
+)
 from ddpm_core.losses import simple_loss
 from ddpm_core.process import PREDICTIONS
 from ddpm_core.schedules import Schedule
@@ -32,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "batch_indices",
+    "check_checkpoint",
     "check_shares",
     "checkpoint_facts",
     "checkpoint_tensors",
@@ -448,11 +455,13 @@ def image_digest(images: Tensor) -> str:
 def save_checkpoint(path: str | Path, trainer: Trainer) -> None:
     r"""Write all that is needed to go on, as one safetensors file, atomically.
 
+    One process alone may write `path`: unfinished files of killed ones are deleted.
     Raises OSError. See `load_checkpoint`.
 
     >>> save_checkpoint.__name__
     'save_checkpoint'
     """
+    remove_leftovers(path)
     facts = json.dumps(checkpoint_facts(trainer))
     save_tensors(path, checkpoint_tensors(trainer), {"checkpoint": facts})
 
@@ -461,7 +470,8 @@ def load_checkpoint(path: str | Path, trainer: Trainer) -> None:
     r"""Put a trainer where another one was when it wrote `path`: bit for bit.
 
     The trainer must have been built with the same config, schedule, data and precision.
-    Raises FileNotFoundError; ValueError if the file is damaged or of another run.
+    Raises FileNotFoundError; ValueError if the file is damaged or of another run. Then
+    the trainer is as before.
 
     >>> load_checkpoint("no/such/file", None)
     Traceback (most recent call last):
@@ -470,13 +480,8 @@ def load_checkpoint(path: str | Path, trainer: Trainer) -> None:
     tensors, metadata = load_tensors(path)
     if "checkpoint" not in metadata:
         raise ValueError(f"{path} is no checkpoint: save_checkpoint did not write it")
-    facts, here = json.loads(metadata["checkpoint"]), checkpoint_facts(trainer)
-    for name in ("config", "precision", "schedule", "images"):
-        if facts[name] != here[name]:
-            raise ValueError(
-                f"{path} is of another run: its {name} is {facts[name]}, "
-                f"the trainer's {here[name]}"
-            )
+    facts = json.loads(metadata["checkpoint"])
+    check_checkpoint(path, tensors, facts, trainer)
     trainer.model.load_state_dict(with_prefix(tensors, "model."))
     trainer.ema.load_state_dict(with_prefix(tensors, "ema."))
     parameters = list(trainer.model.parameters())
@@ -491,6 +496,47 @@ def load_checkpoint(path: str | Path, trainer: Trainer) -> None:
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
     trainer.scaler.load_state_dict(facts["scaler"])
     trainer.step = facts["step"]
+
+
+def check_checkpoint(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    facts: dict[str, Any],
+    trainer: Trainer,
+) -> None:
+    r"""Raise ValueError unless everything in a checkpoint fits the trainer.
+
+    All is looked at before anything is loaded, so that nothing is ever half loaded.
+
+    >>> check_checkpoint.__name__
+    'check_checkpoint'
+    """
+    here = checkpoint_facts(trainer)
+    if facts.keys() != here.keys():
+        raise ValueError(f"{path} holds the facts {[*facts]}; needed are {[*here]}")
+    for name in ("config", "precision", "schedule", "images"):
+        if facts[name] != here[name]:
+            raise ValueError(
+                f"{path} is of another run: its {name} is {facts[name]}, "
+                f"the trainer's {here[name]}"
+            )
+    fitting = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    fitting |= {f"ema.{k}": v for k, v in trainer.ema.state_dict().items()}
+    for place, weight in enumerate(trainer.model.parameters()):
+        prefix = f"optimizer.{place}."
+        if with_prefix(tensors, prefix):  # none before the first step
+            adam = {"exp_avg": weight, "exp_avg_sq": weight, "step": torch.zeros(())}
+            fitting |= {prefix + key: x for key, x in adam.items()}
+    if odd := sorted(fitting.keys() ^ tensors.keys()):
+        raise ValueError(
+            f"{path} is of another network: {len(odd)} names differ, first {odd[0]!r}"
+        )
+    for name, x in fitting.items():
+        its, ours = ((y.dtype, tuple(y.shape)) for y in (tensors[name], x))
+        if its != ours:
+            raise ValueError(
+                f"{path} is of another network: its {name!r} is {its}, not {ours}"
+            )
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

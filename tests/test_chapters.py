@@ -14,6 +14,7 @@ import extract
 ROOT = book.ROOT
 CHAPTERS = book.chapters()
 BASE_LAYER = {"checks", "data", "oracles", "plots", "equations", "files"}
+BASE_LAYER |= {"interchange"}
 DIRECTIVES = {"note", "warning", "exercise", "admonition", "solution", "solution-start"}
 DIRECTIVES |= {"solution-end", "figure"}
 SECTIONS = ("What you will be able to do", "What you need", "Where people go wrong")
@@ -215,6 +216,7 @@ ORDER += [
     "unet",
     "ema",
     "files",
+    "interchange",
     "data",
     "metrics",
     "plots",

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sympy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import equations as tool
@@ -65,3 +66,25 @@ def test_a_mutant_must_stand_exactly_once():
     slip = tool.Mutant("book/workshop/equations.ipynb", "eq-a-b", "import", "export")
     with pytest.raises(BookError, match="not once"):
         tool.mutated(slip)
+
+
+def test_quick_parsing_reads_every_equation_as_full_parsing_does(monkeypatch):
+    read, shape = {}, tool.reader.shape
+
+    def noting(text):
+        read[text] = shape(text)
+        return read[text]
+
+    monkeypatch.setattr(tool.reader, "shape", noting)
+    tool.reader.parse.cache_clear()
+    for chapter in CHAPTERS:
+        for label in chapter.labels:
+            try:
+                tool.reader.tex(label)
+            except Exception:  # not algebra
+                continue
+    assert len(read) > 100
+    full = tool.grammar.LaTeXParser.__base__
+    monkeypatch.setattr(tool.grammar, "LaTeXParser", full)
+    for text, quick in list(read.items())[::8]:
+        assert sympy.srepr(shape.__wrapped__(text)) == sympy.srepr(quick)

@@ -1,11 +1,11 @@
 """Check one chapter in under a minute: python tools/quick.py book/ddpm/posterior.ipynb
 
-Extraction, lint, the chapter's equation checks, the unit tests of the modules that it
-writes, the chapter itself under nbval, and its page.
+Extraction, lint, the chapter's equation checks, the unit tests of what it exports, the
+chapter itself under nbval, and its page.
 """
 
 import argparse
-import re
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -16,20 +16,47 @@ import chapters as book
 from chapters import ROOT
 
 
-def modules_of(chapter: Path) -> set[str]:
-    """The modules of ddpm_core that the chapter writes to."""
-    first_lines = [c.source.partition("\n")[0] for c in book.code(chapter, "export")]
-    return {Path(line.removeprefix("# file: ")).stem for line in first_lines}
+def exported(chapter: Path) -> set[str]:
+    """What the chapter writes into the package, as `module.name`."""
+    found = set()
+    for cell in book.code(chapter, "export"):
+        module = Path(cell.source.partition("\n")[0].removeprefix("# file: ")).stem
+        for node in ast.parse(cell.source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(f"{module}.{node.name}")
+    return found
 
 
-def tests_of(modules: set[str]) -> list[str]:
-    """The unit tests that import one of these modules."""
+def used(source: str) -> set[str]:
+    """The functions and classes of ddpm_core that Python source uses, likewise."""
+    tree, found = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "ddpm_core."
+        ):
+            module = (node.module or "").split(".")[1]
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add(f"{node.value.id}.{node.attr}")
+    return found
+
+
+def tests_of(chapter: Path) -> list[str]:
+    """The unit tests of a chapter: named like it or its module, or using its exports.
+
+    A test file belongs to the chapters that fit best: first by name, then by the part
+    of a chapter's exports that it uses.
+    """
+    exports = {other: exported(other) for other in book.chapters()}
     found = []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        text = path.read_text(encoding="utf-8")
-        lines = re.findall(r"^\s*from ddpm_core(?:\.(\w+))? import (.+)$", text, re.M)
-        names = {m for module, rest in lines for m in (module or rest).split(", ")}
-        if names & modules:
+        names = used(path.read_text(encoding="utf-8"))
+        fits = {}
+        for other, own in exports.items():
+            stems = {other.stem, *(name.partition(".")[0] for name in own)}
+            named = any(f"test_{stem}" == path.stem for stem in stems)
+            fits[other] = (named, len(names & own) / max(len(own), 1))
+        if fits[chapter] > (False, 0) and fits[chapter] == max(fits.values()):
             found.append(str(path.relative_to(ROOT)))
     return found
 
@@ -49,7 +76,7 @@ def main() -> int:
         [python, "-m", "ruff", "check", "--quiet", "ddpm_core", "tools", "tests"],
         [python, "-m", "mypy", "ddpm_core", "tools"],
         [python, "tools/equations.py", "--chapter", name],
-        [python, "-m", "pytest", "-q", "--nbval", *tests_of(modules_of(chapter)), name],
+        [python, "-m", "pytest", "-q", "--nbval", *tests_of(chapter), name],
     ]
     for step in steps:
         print("$", " ".join(["python", *step[1:]]), flush=True)

@@ -24,7 +24,7 @@ PLANNED = {
     "chapters": 11.0,
     "site": 6.0,
 }
-OPTIONAL = ("gpu", "network", "data")
+OPTIONAL = ("gpu", "network", "data", "prove")
 
 
 def file_of(nodeid: str) -> str:
