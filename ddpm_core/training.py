@@ -3,6 +3,7 @@
 - book/ddpm/training.ipynb
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -136,6 +137,11 @@ def stream_seed(seed: int, name: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
+@functools.lru_cache(maxsize=2)  # a batch touches two epochs; the next one, the same
+def _epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=stream(seed, "order", epoch))
+
+
 def batch_indices(config: TrainConfig, step: int, n: int) -> Tensor:
     r"""Which of `n` images are in the batch of `step` (counted from 1), int64 [B].
 
@@ -150,10 +156,8 @@ def batch_indices(config: TrainConfig, step: int, n: int) -> Tensor:
     checks.integer("n", n, low=1)
     start = (step - 1) * config.batch_size
     stop = start + config.batch_size
-    orders = [
-        torch.randperm(n, generator=stream(config.seed, "order", epoch))
-        for epoch in range(start // n, (stop - 1) // n + 1)
-    ]
+    epochs = range(start // n, (stop - 1) // n + 1)
+    orders = [_epoch_order(config.seed, epoch, n) for epoch in epochs]
     offset = start // n * n
     return torch.cat(orders)[start - offset : stop - offset]
 
