@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_core import data
-from ddpm_core.files import save_model, write_atomically
+from ddpm_core.files import remove_leftovers, save_model, write_atomically
 from ddpm_core.parallel import anywhere, join
 from ddpm_core.process import PREDICTIONS
 from ddpm_core.schedules import SCHEDULES
@@ -352,6 +352,7 @@ class Log:
     def __init__(self, folder: Path, trainer: Trainer, every: int) -> None:
         self.every, self.size = every, trainer.config.batch_size
         path, step = folder / "metrics.jsonl", trainer.step
+        remove_leftovers(path)
         write_atomically(path, lines_up_to(path, step).encode())
         self.file = path.open("a", encoding="utf-8", buffering=1)
         self.board = tensorboard(folder / "tensorboard", step)
@@ -401,13 +402,9 @@ def save(folder: Path, trainer: Trainer) -> None:
         except OSError as error:
             problem = error
     if anywhere(trainer.processes, problem is not None, trainer.device):
-        reason = problem or OSError(errno.EIO, "process 0 could not write")
-        kept = (folder / CHECKPOINT).exists()
-        rest = (
-            f"the last good one is still in {folder}" if kept else "there is none yet"
-        )
-        text = f"no checkpoint of step {trainer.step}: {reason.strerror}; {rest}"
-        raise OSError(reason.errno, text) from problem
+        reason = problem or OSError(errno.EIO, "process 0 could not write it")
+        text = f"no checkpoint of step {trainer.step}: {reason.strerror}"
+        raise OSError(reason.errno, text, str(folder / CHECKPOINT)) from problem
 
 
 def watch(trainer: Trainer, folder: Path, save_every: int, log_every: int) -> None:
