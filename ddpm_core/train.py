@@ -190,7 +190,8 @@ def add_optimiser(group: argparse._ArgumentGroup) -> None:
     add_number(group, "--batch-size", 128, "images a step, over all processes")
     add_number(group, "--accumulate", 1, "cut each process's share into N parts")
     add_number(group, "--lr", 2e-4, "learning rate", float)
-    add_number(group, "--warmup", 500, "steps until the learning rate is reached")
+    words = "steps until the rate is reached [500, at most a tenth of the steps]"
+    add_number(group, "--warmup", None, words)
     add, kinds = group.add_argument, DECAYS
     add("--decay", choices=kinds, default="constant", help="of the rate [%(default)s]")
     add_number(group, "--clip-norm", 1.0, "longest gradient", float)
@@ -451,6 +452,8 @@ def build(options: argparse.Namespace) -> Trainer:
     0
     """
     processes, device = join(options.device, options.expect_processes)
+    if options.warmup is None:
+        options.warmup = min(500, options.steps // 10)
     settings = {f.name for f in fields(TrainConfig)} & vars(options).keys()
     config = TrainConfig(**{name: getattr(options, name) for name in settings})
     with processes.first():

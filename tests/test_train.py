@@ -526,3 +526,11 @@ def test_samples_by_a_file_of_options(tmp_path):
     sample.main(["--config", str(path), "--n", "3", "--device", "cpu"])
     assert np.load(outs[1]).shape[0] == 3
     assert Path(outs[0]).exists()
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10_000, 500), (40, 4), (5, 0)])
+def test_warm_up_fits_the_run_unless_it_is_given(steps, warmup):
+    words = ["no/such/folder", "--device", "cpu", "--steps", str(steps)]
+    assert train.build(train.parser().parse_args(words)).config.warmup == warmup
+    asked = train.parser().parse_args([*words, "--warmup", "3"])
+    assert train.build(asked).config.warmup == 3
