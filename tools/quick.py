@@ -1,17 +1,18 @@
 """Check one chapter in under a minute: python tools/quick.py book/ddpm/posterior.ipynb
 
 Extraction, lint, the chapter's equation checks, the unit tests of what it exports, the
-chapter itself under nbval, and its page.
+chapter itself under nbval, and its page; two steps at a time.
 """
 
 import argparse
 import ast
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import build
 import chapters as book
 from chapters import ROOT
 
@@ -61,6 +62,21 @@ def tests_of(chapter: Path) -> list[str]:
     return found
 
 
+def run(step: list[str]) -> bool:
+    """Run one step, then print all it said at once; whether it went well."""
+    done = subprocess.run(
+        [sys.executable, *step],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print("$", " ".join(["python", *step]), done.stdout, sep="\n", flush=True)
+    return done.returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,19 +86,19 @@ def main() -> int:
     if chapter not in book.chapters():
         parser.error(f"{chapter} is no chapter of _toc.yml")
     name = str(chapter.relative_to(ROOT))
-    python = sys.executable
-    steps = [
-        [python, "tools/extract.py", "--check"],
-        [python, "-m", "ruff", "check", "--quiet", "ddpm_core", "tools", "tests"],
-        [python, "-m", "mypy", "ddpm_core", "tools"],
-        [python, "tools/equations.py", "--chapter", name],
-        [python, "-m", "pytest", "-q", "--nbval", *tests_of(chapter), name],
+    if not run(["tools/extract.py", "--check"]):
+        return 1
+    steps = [  # the longest first
+        ["-m", "pytest", "-q", "--nbval", name],
+        ["tools/build.py", "--keep"],
+        ["tools/equations.py", "--chapter", name],
+        ["-m", "mypy", "ddpm_core", "tools"],
+        ["-m", "ruff", "check", "--quiet", "ddpm_core", "tools", "tests"],
     ]
-    for step in steps:
-        print("$", " ".join(["python", *step[1:]]), flush=True)
-        if subprocess.run(step, cwd=ROOT, check=False).returncode:
-            return 1
-    return build.build(keep=True)
+    if units := tests_of(chapter):
+        steps.insert(1, ["-m", "pytest", "-q", *units])
+    with ThreadPoolExecutor(2) as two:
+        return 0 if all(list(two.map(run, steps))) else 1
 
 
 if __name__ == "__main__":
