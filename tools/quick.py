@@ -73,7 +73,7 @@ def run(step: list[str]) -> bool:
         text=True,
         check=False,
     )
-    print("$", " ".join(["python", *step]), done.stdout, sep="\n", flush=True)
+    print(f"$ python {' '.join(step)}\n{done.stdout}", flush=True)
     return done.returncode == 0
 
 
