@@ -30,12 +30,14 @@ from ddpm_core.unet import UNet, UNetConfig
 __all__ = [
     "DIGEST",
     "build_model",
+    "check_digest",
     "current_umask",
     "digest",
     "in_order",
     "load_model",
     "load_pretrained",
     "load_tensors",
+    "parse_tensors",
     "pretrained",
     "read_tensors",
     "remove_leftovers",
@@ -43,6 +45,7 @@ __all__ = [
     "save_model",
     "save_tensors",
     "schedule_on",
+    "split_header",
     "sync_folder",
     "tensor_bytes",
     "write_and_rename",
@@ -231,12 +234,55 @@ def in_order(content: bytes) -> bytes:
     >>> len({in_order(content) for content in written})
     1
     """
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
+    header, tensors = split_header(content)
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
-    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+    return struct.pack("<Q", len(text)) + text + tensors
+
+
+def split_header(content: bytes) -> tuple[dict[str, Any], bytes]:
+    r"""The header of a safetensors file, and the bytes of the tensors after it.
+
+    >>> split_header(to_safetensors({}, {"a": "1"}))
+    ({'__metadata__': {'a': '1'}}, b'')
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def parse_tensors(
+    content: bytes, where: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    r"""Tensors and metadata of any safetensors file's bytes; `where` names it.
+
+    Raises ValueError if the bytes are no whole safetensors file.
+
+    >>> parse_tensors(to_safetensors({}, {"a": "1"}), "somewhere")
+    ({}, {'a': '1'})
+    """
+    try:
+        tensors = parse_safetensors(content)
+        header, _ = split_header(content)
+    except (SafetensorError, struct.error, ValueError, KeyError) as error:
+        raise ValueError(f"{where} is no whole safetensors file: {error}") from error
+    return tensors, header.get("__metadata__") or {}
+
+
+def check_digest(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
+) -> None:
+    r"""Raise ValueError unless the digest in the metadata is that of the rest.
+
+    >>> check_digest({}, {}, "somewhere")
+    Traceback (most recent call last):
+    ValueError: somewhere has no 'sha256': save_tensors did not write it
+    """
+    found, stored = digest(tensors, metadata), metadata.get(DIGEST)
+    if stored is None:
+        raise ValueError(f"{where} has no {DIGEST!r}: save_tensors did not write it")
+    if found != stored:
+        raise ValueError(f"{where} is damaged: {DIGEST} {found}, stored {stored}")
 
 
 def read_tensors(
@@ -250,17 +296,8 @@ def read_tensors(
     Traceback (most recent call last):
     ValueError: somewhere is no whole safetensors file: ...
     """
-    try:
-        tensors = parse_safetensors(content)
-        (length,) = struct.unpack("<Q", content[:8])
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, struct.error, ValueError) as error:
-        raise ValueError(f"{where} is no whole safetensors file: {error}") from error
-    found, stored = digest(tensors, metadata), metadata.get(DIGEST)
-    if stored is None:
-        raise ValueError(f"{where} has no {DIGEST!r}: save_tensors did not write it")
-    if found != stored:
-        raise ValueError(f"{where} is damaged: {DIGEST} {found}, stored {stored}")
+    tensors, metadata = parse_tensors(content, where)
+    check_digest(tensors, metadata, where)
     return tensors, metadata
 
 

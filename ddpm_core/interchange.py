@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from torch import Tensor, nn
 
 from ddpm_core import checks
 from ddpm_core.files import (
     DIGEST,
+    check_digest,
     current_umask,
-    read_tensors,
+    parse_tensors,
     replace,
     save_tensors,
     schedule_on,
@@ -201,9 +199,15 @@ def _is(value: object, fits: object) -> bool:
     return value == fits and isinstance(value, bool) == isinstance(fits, bool)
 
 
-def _said(field: str, given: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
-    absent = "" if field in given else " (not in the file: diffusers' default)"
-    return f"{field} = {_show(whole[field])}{absent}"
+def _absent(field: str, given: Mapping[str, Any]) -> str:
+    return "" if field in given else " (not in the file: diffusers' default)"
+
+
+def _misfit(
+    field: str, given: Mapping[str, Any], whole: Mapping[str, Any], fits: object
+) -> str:
+    said = f"{field} = {_show(whole[field])}{_absent(field, given)}"
+    return f"{said}; {json.dumps(fits)} would fit"
 
 
 def _strangers(given: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
@@ -336,8 +340,7 @@ def read_unet_config(given: Mapping[str, Any], where: str = "config") -> UNetCon
         try:
             read[field] = reader(field, whole[field])
         except (TypeError, ValueError) as error:
-            absent = "" if field in given else " (not in the file: diffusers' default)"
-            problems.append(f"{error}{absent}")
+            problems.append(f"{error}{_absent(field, given)}")
     widths, groups = read.get("block_out_channels"), whole["norm_num_groups"]
     fits = UNET_FITS | {"time_embedding_dim": None, "attn_norm_num_groups": None}
     for field, value in fits.items():
@@ -347,8 +350,7 @@ def read_unet_config(given: Mapping[str, Any], where: str = "config") -> UNetCon
         if widths:
             also["time_embedding_dim"] = 4 * widths[0]
         if not any(_is(whole[field], v) for v in (value, also.get(field, value))):
-            said = _said(field, given, whole)
-            problems.append(f"{said}; {json.dumps(value)} would fit")
+            problems.append(_misfit(field, given, whole, value))
     if len(read) == len(UNET_READERS):
         try:
             config = _shape(read)
@@ -414,7 +416,7 @@ SCHEDULER_READERS: dict[str, Callable[[str, object], Any]] = {
     "num_train_timesteps": lambda field, T: checks.integer(field, T, 1, 100_000),
     "beta_start": _beta,
     "beta_end": _beta,
-    "beta_schedule": lambda field, name: _recipe(field, name),
+    "beta_schedule": _recipe,
     "trained_betas": _beta_list,
     "variance_type": lambda field, name: checks.one_of(field, name, VARIANCE_NAMES),
     "clip_sample": _truth,
@@ -489,8 +491,7 @@ def read_scheduler_config(
     for field, value in SCHEDULER_FITS.items():
         inert = field == "clip_sample_range" and read.get("clip_sample") is False
         if not inert and not _is(whole[field], value):
-            said = _said(field, given, whole)
-            problems.append(f"{said}; {json.dumps(value)} would fit")
+            problems.append(_misfit(field, given, whole, value))
     if len(read) == len(SCHEDULER_READERS):
         try:
             schedule = _tables(read)
@@ -555,14 +556,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     ...     read_weights(path)
     {'x': tensor([1., 1.])}
     """
-    content = path.read_bytes()
-    try:
-        tensors = parse_safetensors(content)
-        (length,) = struct.unpack("<Q", content[:8])
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-    except (SafetensorError, struct.error, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    return read_tensors(content, str(path))[0] if DIGEST in metadata else tensors
+    tensors, metadata = parse_tensors(path.read_bytes(), str(path))
+    if DIGEST in metadata:
+        check_digest(tensors, metadata, str(path))
+    return tensors
 
 
 # --- book/workshop/interchange.ipynb · interchange-export-fit · Loading

@@ -482,7 +482,7 @@ UNET_CONFIGS = {
         attention=(4,),
         groups=8,
     ),
-    # 28x28 as 14x14 patches: four million parameters, trained on a laptop
+    # 28x28 as 14x14 patches: four million parameters, a quarter of the places
     "fashion28": UNetConfig(
         image_size=28,
         in_channels=1,

@@ -1,5 +1,6 @@
 """README, CONTRIBUTING, glossary, notation and bibliography say what is true."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import chapters as book
 import extract
+
+from ddpm_core.train import read_options
 
 ROOT = book.ROOT
 GUIDES = ["README.md", "CONTRIBUTING.md", "book/intro.md"]
@@ -53,6 +56,19 @@ def test_example_of_the_readme_runs(tmp_path, monkeypatch):
     exec(example.replace("randn(16,", "randn(2,"), names)
     assert names["x_0"].shape == (2, 1, 8, 8)
     assert (tmp_path / "digits.png").stat().st_size > 0
+
+
+def test_commands_of_the_readme_have_options_that_exist():
+    """The lines for a shell, read as the commands read them; nothing is run."""
+    found = re.findall(r"-m ddpm_core\.(train|sample) (.+)", read("README.md"))
+    assert {name for name, _ in found} == {"train", "sample"}
+    for name, words in found:
+        module = importlib.import_module(f"ddpm_core.{name}")
+        options = read_options(module.parser(), words.split())
+        if name == "sample":
+            assert (options.weights, options.n) == ("digits", 100)
+        else:
+            assert (options.data, options.steps) == ("digits", 6000)
 
 
 def test_glossary_is_in_alphabetical_order_and_explains_each_term():

@@ -93,7 +93,7 @@ def main() -> int:
         ["tools/build.py", "--keep"],
         ["tools/equations.py", "--chapter", name],
         ["-m", "mypy", "ddpm_core", "tools"],
-        ["-m", "ruff", "check", "--quiet", "ddpm_core", "tools", "tests"],
+        ["-m", "ruff", "check", "--quiet", "ddpm_core", "tools", "tests", "benchmarks"],
     ]
     if units := tests_of(chapter):
         steps.insert(1, ["-m", "pytest", "-q", *units])
