@@ -63,6 +63,9 @@ def forward_step(
     return step
 
 
+STEPS = {"train": training_step, "forward": forward_step}
+
+
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -73,7 +76,7 @@ def options() -> argparse.ArgumentParser:
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--layout", choices=("contiguous", "channels_last"), default="channels_last")
     add("--compile", action="store_true")
-    add("--mode", choices=("train", "forward"), default="train")
+    add("--modes", nargs="+", choices=STEPS, default=list(STEPS))
     add("--warm", type=int, default=1, help="steps before the clock starts")
     add("--repeats", type=int, default=3)
     return parser
@@ -84,25 +87,25 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     config = at_side(CONFIGS[o.config], o.side)
     batch = o.batch or BATCHES[o.config]
-    model = build(o.library, config).train(o.mode == "train")
+    model = build(o.library, config)
     x, t = inputs(config, batch)
     if o.layout == "channels_last":
         model = model.to(memory_format=torch.channels_last)
         x = x.to(memory_format=torch.channels_last)
     run = torch.compile(model) if o.compile else model
-    kind = training_step if o.mode == "train" else forward_step
-    step = kind(run, x, t, o.precision)
-    (first,) = seconds(step, 1)
-    seconds(step, o.warm)
-    taken = seconds(step, o.repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {
-        "seconds": taken,
-        "images_per_second": batch / statistics.median(taken),
-        "first_step": first,
-        "peak_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    found = {}
+    for mode in o.modes:
+        step = STEPS[mode](run.train(mode == "train"), x, t, o.precision)
+        (first,) = seconds(step, 1)
+        seconds(step, o.warm)
+        taken = seconds(step, o.repeats)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found[mode] = {
+            "seconds": taken,
+            "images_per_second": batch / statistics.median(taken),
+            "first_step": first,
+            "peak_mib": peak / (2**20 if sys.platform == "darwin" else 2**10),
+        }
     print(json.dumps(found))
 
 

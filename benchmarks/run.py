@@ -10,16 +10,15 @@ that a machine that slows down slows them all.
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import blocks
 import torch
 from measure import seconds
 from networks import (
@@ -33,28 +32,32 @@ from networks import (
 )
 from torch import nn
 
-from ddpm_core.samplers import ancestral
-from ddpm_core.schedules import linear
+from ddpm_core.samplers import ancestral, last
+from ddpm_core.schedules import linear, respace
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import results
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "book" / "results" / "bench.json"
-FLAGS = tuple(
-    itertools.product(("fp32", "bf16"), ("contiguous", "channels_last"), (False, True))
-)
-LIMIT = 240  # seconds that a trial of flags may take, compiling included
-SIDES, BATCH_SIZES = (8, 16, 32, 64), (1, 4, 16, 64)
+LAYOUTS = ("contiguous", "channels_last")
+MODES = ("train", "forward")
+LIMIT = 300  # seconds that one process may take, compiling included
+SIDES, BATCH_SIZES, STEP_COUNTS = (8, 16, 32, 64), (1, 4, 16, 64), (5, 10, 20, 40)
 # network, mode: our images/s over those of diffusers that we want to reach
 AIMS = {("cifar10", "train"): 1.3, ("cifar10", "forward"): 1.3}
 AIMS |= {("small", "train"): 2.5, ("small", "forward"): 2.5}
 
 
 def measure(library: str, config: str, **how: Any) -> dict[str, Any]:
-    """One process of measure.py; {} if it took too long or failed."""
+    """One process of measure.py: figures by mode; {} if it took too long or failed."""
     command = [sys.executable, str(ROOT / "benchmarks" / "measure.py")]
     command += ["--library", library, "--config", config]
     for key, value in how.items():
-        command += [f"--{key}"] if value is True else []
-        command += [f"--{key}", str(value)] if not isinstance(value, bool) else []
+        if isinstance(value, bool):
+            command += [f"--{key}"] if value else []
+        else:
+            words = value if isinstance(value, tuple) else (value,)
+            command += [f"--{key}", *map(str, words)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=LIMIT, check=True
@@ -84,36 +87,40 @@ def convolution_peak(repeats: int = 5) -> dict[str, float]:
     return best
 
 
-def best_flags(library: str, config: str) -> dict[str, Any]:
-    """Try every combination of flags once; the fastest, with all that was tried."""
-    tried = []
-    for precision, layout, compiled in FLAGS:
-        how = {"precision": precision, "layout": layout, "compile": compiled}
-        found = measure(library, config, warm=0, repeats=2, **how)
-        tried.append({**how, **found})
-        print(f"  {library} {config} {how}: {rate(found)}", flush=True)
-    best = max(tried, key=lambda row: row.get("images_per_second", 0.0))
-    flags = {name: best[name] for name in ("precision", "layout", "compile")}
-    return {"tried": tried, "best": flags}
-
-
-def rate(found: dict[str, Any]) -> str:
-    return f"{found['images_per_second']:.1f} images/s" if found else "none"
+def grid(config: str, precisions: Sequence[str], whole: bool) -> list[dict[str, Any]]:
+    """The flags to try: all, but compiling the large network takes minutes a process."""
+    compiled = (False, True) if whole or config == "small" else (False,)
+    names = ("precision", "layout", "compile")
+    combinations = itertools.product(precisions, LAYOUTS, compiled)
+    return [dict(zip(names, values, strict=True)) for values in combinations]
 
 
 def race(
-    config: str, best: dict[str, dict[str, Any]], mode: str, rounds: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Each library at its best flags, by turns."""
-    runs: dict[str, list[dict[str, Any]]] = {library: [] for library in best}
-    for _ in range(rounds):
-        for library, flags in best.items():
-            runs[library].append(measure(library, config, mode=mode, **flags))
-    return runs
+    config: str, flags: Sequence[dict[str, Any]], rounds: int
+) -> list[dict[str, Any]]:
+    """Every library with all flags, by turns, in each of some rounds."""
+    rows = [
+        {"library": library, "flags": f, "runs": []}
+        for f, library in itertools.product(flags, LIBRARIES)
+    ]
+    for number in range(rounds):
+        for row in rows:
+            found = measure(row["library"], config, warm=0, repeats=2, **row["flags"])
+            row["runs"].append(found)
+        print(f"{config}: round {number + 1} of {rounds}", flush=True)
+    return rows
 
 
-def median_rate(runs: list[dict[str, Any]]) -> float:
-    return statistics.median(r["images_per_second"] for r in runs if r)
+def median(row: dict[str, Any], mode: str, what: str = "images_per_second") -> float:
+    """The median of a figure over the runs that ended; 0 if none did."""
+    figures = [run[mode][what] for run in row["runs"] if run]
+    return statistics.median(figures) if figures else 0.0
+
+
+def fastest(rows: list[dict[str, Any]], library: str, mode: str) -> dict[str, Any]:
+    """A library's row at its best flags."""
+    own = [row for row in rows if row["library"] == library]
+    return max(own, key=lambda row: median(row, mode))
 
 
 def sampler_overhead(rounds: int = 3, steps: int = 6) -> dict[str, float]:
@@ -141,33 +148,20 @@ def sampler_overhead(rounds: int = 3, steps: int = 6) -> dict[str, float]:
     return {"share": statistics.median(shares), "worst": max(shares)}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures hold for."""
-    names = ("torch", "torchvision", "diffusers", "denoising-diffusion-pytorch")
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-    }
-
-
-def processor() -> str:
-    """The processor's name, and those of its instruction sets that matter here."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    text = info.read_text()
-    model = next(line for line in text.splitlines() if line.startswith("model name"))
-    sets = [s for s in ("avx512f", "avx512_bf16", "amx_bf16") if f" {s}" in text]
-    return f"{model.split(': ')[1]} ({', '.join(sets)})"
+def cost_of_steps() -> dict[int, float]:
+    """Seconds to draw one image by so many steps, with the small network."""
+    config, found = CONFIGS["small"], {}
+    model = build("ddpm_core", config).to(memory_format=torch.channels_last).eval()
+    x, _ = inputs(config, BATCHES["small"])
+    for count in STEP_COUNTS:
+        short = respace(linear(1000), range(1000 // count, 1001, 1000 // count))
+        (taken,) = seconds(lambda short=short: last(ancestral(model, short, x)), 1)
+        found[count] = taken / len(x)
+    return found
 
 
 def run(configs: list[str], rounds: int, whole: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"machine": machine(), "same_function": {}, "races": {}}
+    found: dict[str, Any] = {"same_function": {}, "races": {}}
     for config in configs:
         found["same_function"][config] = assert_same_function(config)
     found["flops"] = {
@@ -175,23 +169,30 @@ def run(configs: list[str], rounds: int, whole: bool) -> dict[str, Any]:
         for library in LIBRARIES
         for config in configs
     }
-    found["convolution_peak"] = convolution_peak()
-    found["sampler_overhead"] = sampler_overhead() if whole else {}
+    peak = found["convolution_peak"] = convolution_peak()
+    print(f"GFLOP/s of a convolution: {peak}", flush=True)
+    bf16 = whole or peak["bfloat16"] > peak["float32"]
+    precisions = ("fp32", "bf16") if bf16 else ("fp32",)
     for config in configs:
-        flags = {library: best_flags(library, config) for library in LIBRARIES}
-        best = {library: flags[library]["best"] for library in LIBRARIES}
-        races = {
-            mode: race(config, best, mode, rounds) for mode in ("train", "forward")
-        }
-        found["races"][config] = {"flags": flags, **races}
-    if whole:
-        found["sides"] = {
-            s: measure("ddpm_core", "small", side=s, mode="forward") for s in SIDES
-        }
-        found["batches"] = {
-            b: measure("ddpm_core", "small", batch=b, mode="forward")
-            for b in BATCH_SIZES
-        }
+        flags = grid(config, precisions, whole)
+        found["races"][config] = race(config, flags, rounds)
+        print(table(found), flush=True)
+    best = fastest(found["races"]["small"], "ddpm_core", "forward")["flags"]
+    forward = {**best, "modes": ("forward",)}
+    found["sides"] = {
+        s: measure("ddpm_core", "small", side=s, **forward) for s in SIDES
+    }
+    found["batches"] = {
+        b: measure("ddpm_core", "small", batch=b, **forward) for b in BATCH_SIZES
+    }
+    found["profile"] = {
+        f"{library} {config}": blocks.shares(library, config, "channels_last")
+        for library, config in itertools.product(LIBRARIES[:2], configs)
+    }
+    found["norms"] = blocks.norms()
+    found["layouts"] = {config: blocks.layouts(config) for config in configs}
+    found["steps"] = cost_of_steps()
+    found["sampler_overhead"] = sampler_overhead()
     return found
 
 
@@ -201,54 +202,49 @@ def table(found: dict[str, Any]) -> str:
         "| network | library | flags | mode | images/s | GFLOP/s | MiB | ours/it |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for config, races in found["races"].items():
-        for mode in ("train", "forward"):
-            ours = median_rate(races[mode]["ddpm_core"])
-            for library, runs in races[mode].items():
-                here = median_rate(runs)
-                work = found["flops"][f"{library} {config}"][mode == "train"] / 1e9
-                best = races["flags"][library]["best"]
-                flags = f"{best['precision']}, {best['layout']}"
-                flags += ", compiled" if best["compile"] else ""
-                peak = statistics.median(r["peak_mib"] for r in runs if r)
-                lines.append(
-                    f"| {config} | {library} | {flags} | {mode} | {here:.1f} | "
-                    f"{here * work:.0f} | {peak:.0f} | {ours / here:.2f} |"
-                )
+    for (config, rows), mode in itertools.product(found["races"].items(), MODES):
+        ours = median(fastest(rows, "ddpm_core", mode), mode)
+        for library in LIBRARIES:
+            row = fastest(rows, library, mode)
+            here, peak = median(row, mode), median(row, mode, "peak_mib")
+            work = found["flops"][f"{library} {config}"][mode == "train"] / 1e9
+            flags = f"{row['flags']['precision']}, {row['flags']['layout']}"
+            flags += ", compiled" if row["flags"]["compile"] else ""
+            lines.append(
+                f"| {config} | {library} | {flags} | {mode} | {here:.1f} | "
+                f"{here * work:.0f} | {peak:.0f} | {ours / here:.2f} |"
+            )
     return "\n".join(lines)
 
 
 def marks(found: dict[str, Any]) -> list[str]:
     """Which aims are reached."""
     lines = []
-    for config, races in found["races"].items():
-        for mode in ("train", "forward"):
-            ratio = median_rate(races[mode]["ddpm_core"]) / median_rate(
-                races[mode]["diffusers"]
-            )
-            aim = AIMS[config, mode]
-            verdict = "reached" if ratio >= aim else "not reached"
-            lines.append(
-                f"{config} {mode}: {ratio:.2f} of diffusers, aim {aim}: {verdict}"
-            )
+    for (config, rows), mode in itertools.product(found["races"].items(), MODES):
+        ours, theirs = (
+            median(fastest(rows, library, mode), mode)
+            for library in ("ddpm_core", "diffusers")
+        )
+        ratio, aim = ours / theirs, AIMS[config, mode]
+        verdict = "reached" if ratio >= aim else "not reached"
+        lines.append(f"{config} {mode}: {ratio:.2f} of diffusers, aim {aim}: {verdict}")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small network, no file")
+    words = "also compile the large network, and bf16 where it has no hardware: hours"
+    parser.add_argument("--whole", action="store_true", help=words)
     parser.add_argument("--rounds", type=int, default=3)
     o = parser.parse_args()
     start = time.perf_counter()
-    found = run(["small"] if o.quick else list(CONFIGS), o.rounds, not o.quick)
-    found["seconds"] = time.perf_counter() - start
+    found = run(["small"] if o.quick else list(CONFIGS), o.rounds, o.whole)
     print(table(found), *marks(found), sep="\n")
     if not o.quick:
-        from ddpm_core.files import write_atomically
-
-        RESULT.parent.mkdir(exist_ok=True)
-        write_atomically(RESULT, (json.dumps(found, indent=1) + "\n").encode())
-        print(f"written: {RESULT.relative_to(ROOT)}")
+        behind = ("unet", "samplers", "process", "schedules")
+        peers = ("diffusers", "denoising-diffusion-pytorch")
+        results.write("bench", found, start, modules=behind, libraries=peers)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ __all__ = [
     "load_tensors",
     "parse_tensors",
     "pretrained",
+    "read_result",
     "read_tensors",
     "remove_leftovers",
     "replace",
@@ -427,3 +428,21 @@ def load_pretrained(
     content = (folder / f"{name}.safetensors").read_bytes()
     card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return build_model(content, card, f"weights/{name}.safetensors", device)
+
+
+# --- book/workshop/files.ipynb · files-export-results · Results that took long
+def read_result(name: str) -> dict[str, Any]:
+    r"""The stored result of a long run, book/results/NAME.json, with its command.
+
+    Raises ValueError for an unknown name.
+
+    >>> read_result("nothing")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: name must be one of ...; got 'nothing'
+    """
+    beside = Path(__file__).parents[1] / "book" / "results"
+    folder = beside if beside.is_dir() else resources.files("ddpm_core.results")
+    stored = {file.name.removesuffix(".json"): file for file in folder.iterdir()}
+    checks.one_of("name", name, sorted(stored))
+    found: dict[str, Any] = json.loads(stored[name].read_text(encoding="utf-8"))
+    return found

@@ -18,6 +18,7 @@ __all__ = [
     "EPS",
     "UNET_CONFIGS",
     "Downsample",
+    "GroupNorm",
     "ResidualBlock",
     "SelfAttention",
     "Stage",
@@ -85,6 +86,24 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
             nn.init.zeros_(layer.bias)
 
 
+# --- book/ddpm/unet.ipynb · unet-export-norm · SiLU
+class GroupNorm(nn.GroupNorm):
+    r"""Group normalisation, computed in float32 or wider, in x's dtype at the end.
+
+    `eq-unet-group-norm`; Wu and He 2018, eqs. 1 to 3. x: [B, channels, side, side].
+
+    >>> y = GroupNorm(2, 4)(torch.ones(1, 4, 2, 2, dtype=torch.bfloat16))
+    >>> y.dtype, y.abs().max().item()
+    (torch.bfloat16, 0.0)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        y = F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps)
+        return y.to(x.dtype)
+
+
 # --- book/ddpm/unet.ipynb · unet-export-residual-block · The block
 class ResidualBlock(nn.Module):
     r"""GroupNorm, SiLU, conv; + time; GroupNorm, SiLU, dropout, conv; + shortcut.
@@ -107,10 +126,10 @@ class ResidualBlock(nn.Module):
         groups: int = 32,
     ) -> None:
         super().__init__()
-        self.norm_1 = nn.GroupNorm(groups, in_channels, eps=EPS)
+        self.norm_1 = GroupNorm(groups, in_channels, eps=EPS)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_channels, out_channels)
-        self.norm_2 = nn.GroupNorm(groups, out_channels, eps=EPS)
+        self.norm_2 = GroupNorm(groups, out_channels, eps=EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut: nn.Module = nn.Identity()
@@ -142,7 +161,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 1, groups: int = 32) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.norm = GroupNorm(groups, channels, eps=EPS)
         self.query = nn.Linear(channels, channels)
         self.key = nn.Linear(channels, channels)
         self.value = nn.Linear(channels, channels)
@@ -428,7 +447,7 @@ class UNet(nn.Module):
         self.middle_2 = Stage(config, last, last, attend=False)
         self.up = expanding_path(config)
         self.upsample = nn.ModuleList(map(Upsample, config.widths[:0:-1]))
-        self.norm_out = nn.GroupNorm(config.groups, first, eps=EPS)
+        self.norm_out = GroupNorm(config.groups, first, eps=EPS)
         self.conv_out = nn.Conv2d(first, config.out_channels * pixels, 3, padding=1)
         initialise(self, generator)
 

@@ -1,5 +1,6 @@
 """The benchmarks: networks that compute the same, one measurement, the table."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -49,27 +50,31 @@ def test_one_measurement(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
         "--layout",
         "contiguous",
     ]
-    measure.main([*words, "--layout", "contiguous", "--mode", mode])
-    found = json.loads(capsys.readouterr().out)
-    assert found["parameters"] == 3_691_713
+    measure.main([*words, "--layout", "contiguous", "--modes", mode])
+    (found,) = json.loads(capsys.readouterr().out).values()
     assert len(found["seconds"]) == 2
     assert found["images_per_second"] == pytest.approx(2 / (sum(found["seconds"]) / 2))
 
 
 def made_up(ours: float, theirs: float) -> dict[str, Any]:
-    """A result in which every run has the same rate."""
-    flags = {"best": {"precision": "fp32", "layout": "contiguous", "compile": False}}
-    rates = {"ddpm_core": ours, "diffusers": theirs}
-    runs = {k: [{"images_per_second": v, "peak_mib": 100}] for k, v in rates.items()}
-    race = {"flags": dict.fromkeys(rates, flags), "train": runs, "forward": runs}
+    """A result in which every run has the same rate, and compiling halves it."""
+    rates = dict(zip(run.LIBRARIES, (ours, theirs, theirs), strict=True))
+    rows = []
+    for flags, library in itertools.product(
+        run.grid("small", ("fp32",), False), run.LIBRARIES
+    ):
+        rate = rates[library] / (1 + flags["compile"])
+        figures = {"images_per_second": rate, "peak_mib": 100}
+        runs = [dict.fromkeys(run.MODES, figures), {}]
+        rows.append({"library": library, "flags": flags, "runs": runs})
     work = {f"{k} small": (2 * 10**9, 6 * 10**9) for k in rates}
-    return {"races": {"small": race}, "flops": work}
+    return {"races": {"small": rows}, "flops": work}
 
 
 def test_table_and_marks() -> None:
     found = made_up(30.0, 10.0)
     lines = run.table(found).splitlines()
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 6
     assert lines[3].split(" | ")[1:] == [
         "diffusers", "fp32, contiguous", "train", "10.0", "60", "100", "3.00 |",
     ]  # fmt: skip

@@ -3,13 +3,12 @@
 python tools/refresh.py             all chapters
 python tools/refresh.py CHAPTER...  the named ones
 python tools/refresh.py --stale     those whose code, modules or weights changed
-python tools/refresh.py --check     list the stale ones; change nothing
+python tools/refresh.py --check     list the stale ones and old results; change nothing
 python tools/refresh.py --address   write the book's address into the set-up cells
 """
 
 import argparse
 import ast
-import hashlib
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import chapters as book
 import extract
+import results
 from chapters import ROOT, BookError
 
 PACKAGE = ROOT / "ddpm_core"
@@ -61,19 +61,13 @@ def digest(path: Path) -> str:
     sources = [ADDRESS_LINE.sub('repository = ""', c.source) for c in cells]
     python = [re.sub(r"^(\s*)[%!].*$", r"\1pass", s, flags=re.M) for s in sources]
     together = "\n".join(sources)
-    parts = [together.encode()]
-    for name in modules_behind(python):
-        parts.append((PACKAGE / f"{name}.py").read_bytes())
-    for label, tex in sorted(book.labelled(book.prose(path))):
-        parts.append(f"{label}={tex}".encode())
-    for name in sorted(set(re.findall(r'load_pretrained\(\s*"(\w+)"', together))):
-        parts += [
-            p.read_bytes() for p in sorted((PACKAGE / "weights").glob(f"{name}.*"))
-        ]
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(hashlib.sha256(part).digest())
-    return whole.hexdigest()
+    weights = set(re.findall(r'load_pretrained\(\s*"([\w-]+)"', together))
+    equations = sorted(book.labelled(book.prose(path)))
+    parts = [together.encode(), *results.bytes_behind(modules_behind(python), weights)]
+    parts += [f"{label}={tex}".encode() for label, tex in equations]
+    for name in sorted(set(re.findall(r'read_result\(\s*"([\w-]+)"', together))):
+        parts.append((results.FOLDER / f"{name}.json").read_bytes())
+    return results.digest(parts)
 
 
 def is_stale(path: Path) -> bool:
@@ -188,6 +182,7 @@ def main() -> int:
         if options.check:
             found = [p.relative_to(ROOT).as_posix() for p in stale()]
             print("\n".join(f"stale: {p}" for p in found) or "all outputs are fresh")
+            print(*results.old(), sep="\n", end="\n" if results.old() else "")
             return 1 if found else 0
         named = [p.resolve() for p in options.chapters]
         refresh(stale() if options.stale else named or book.chapters())
