@@ -19,6 +19,7 @@ from ddpm_core.interchange import our_name
 from ddpm_core.unet import (
     UNET_CONFIGS,
     Downsample,
+    GroupNorm,
     ResidualBlock,
     SelfAttention,
     UNet,
@@ -632,3 +633,17 @@ def test_impossible_inputs() -> None:
         model(x)
     with pytest.raises(ValueError, match="x must lie on the device of t"):
         model(x.to("meta"), t)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_group_norm_is_float32_inside(dtype: torch.dtype) -> None:
+    norm = GroupNorm(4, 16)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert norm(x).dtype == dtype
+    assert torch.equal(norm(x), norm(x.float()).to(dtype))
+    assert norm.to(dtype)(x).dtype == dtype  # weights of 16 bits as well
+    wide = x.double()
+    assert torch.equal(
+        norm.double()(wide), F.group_norm(wide, 4, norm.weight, norm.bias)
+    )
