@@ -148,8 +148,8 @@ def _with_slope(model: Score, x: Tensor) -> tuple[Tensor, Tensor]:
 def implicit_score_matching(model: Score, x: Tensor) -> Tensor:
     r"""Half the squared score plus its divergence, `eq-score-trace`, for each sample.
 
-    Hyvarinen 2005, theorem 1. model(x) -> score; x [B, ...], D numbers a sample. Returns
-    [B]. Costs D derivatives: for few dimensions. Raises TypeError or ValueError.
+    Hyvarinen 2005, theorem 1. model(x) -> score; x [B, ...], D numbers a sample.
+    Returns [B]. Costs D derivatives: for few dimensions. Raises TypeError, ValueError.
 
     >>> implicit_score_matching(lambda x: -x, torch.ones(1, 2)).item()  # 1/2 * 2 - 2
     -1.0
@@ -168,9 +168,9 @@ def implicit_score_matching(model: Score, x: Tensor) -> Tensor:
 def sliced_score_matching(model: Score, x: Tensor, v: Tensor) -> Tensor:
     r"""The sliced loss, `eq-score-sliced`, for each sample: one derivative in all.
 
-    Song et al. 2019 (sliced), section 3. model(x) -> score; v like x [B, ...], of mean 0
-    and variance 1 in each coordinate, uncorrelated: random signs or normals. Returns
-    [B], with the mean over v of `implicit_score_matching`. Raises TypeError, ValueError.
+    Song et al. 2019 (sliced), section 3. model(x) -> score; v like x [B, ...], random
+    signs or normals, uncorrelated. Returns [B], on average over v what
+    `implicit_score_matching` does. Raises TypeError or ValueError.
 
     >>> x, v = torch.ones(1, 2), torch.tensor([[1.0, -1.0]])
     >>> sliced_score_matching(lambda x: -x, x, v).item()
