@@ -117,6 +117,20 @@ def test_walk_keeps_modes_graph_and_input() -> None:
     walk.close()
 
 
+def test_networks_are_asked_in_evaluation_mode() -> None:
+    class Telling(nn.Module):
+        def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+            told.append(self.training)
+            return -x
+
+    told: list[bool] = []
+    net, x = Telling(), torch.zeros(1, 2)
+    last(scores.langevin(net, x, 0.1, 2))
+    last(scores.annealed_langevin(net, x, torch.ones(1), 0.1, 2))
+    assert told == [False] * 4
+    assert net.training
+
+
 def test_one_generator_a_sample_and_one_for_all() -> None:
     x = torch.zeros(2, 3, dtype=F64)
     many = last(scores.langevin(lambda x: -x, x, 0.1, 3, [seeded(5), seeded(6)]))
