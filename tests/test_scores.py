@@ -320,6 +320,20 @@ def test_denoising_is_half_the_noise_error() -> None:
     torch.testing.assert_close(loss, 0.5 * (eps - guess).square().flatten(1).sum(1))
 
 
+def test_denoising_asks_at_the_noised_point() -> None:
+    x_0, eps, seen = noise(3, 2), noise(3, 2, seed=1), []
+
+    def model(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append((x, sigma))
+        return -x
+
+    sigma = torch.tensor([0.1, 1.0, 7.0], dtype=F64)
+    scores.denoising_score_matching(model, x_0, sigma, eps)
+    ((x, told),) = seen
+    torch.testing.assert_close(x, x_0 + sigma[:, None] * eps)
+    assert torch.equal(told, sigma)
+
+
 def test_losses_give_gradients_also_under_no_grad() -> None:
     model, x, v = Bent(2), noise(4, 2), noise(4, 2, seed=1).sign()
     with torch.no_grad():
