@@ -212,6 +212,7 @@ ORDER = ["checks", "schedules", "equations", "process", "losses", "vae", "oracle
 ORDER += [
     "switching",
     "samplers",
+    "sde",
     "flows",
     "unet",
     "ema",
