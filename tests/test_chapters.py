@@ -213,6 +213,7 @@ ORDER += [
     "switching",
     "samplers",
     "scores",
+    "sde",
     "flows",
     "unet",
     "ema",
