@@ -214,6 +214,7 @@ ORDER += [
     "samplers",
     "flows",
     "unet",
+    "improved",
     "ema",
     "files",
     "interchange",
