@@ -326,7 +326,7 @@ class ImportanceSteps:
 
     >>> steps = ImportanceSteps(2, history=1)
     >>> steps.update(torch.tensor([1, 2]), torch.tensor([3.0, 1.0]))
-    >>> steps.probabilities().tolist()
+    >>> [round(p, 5) for p in steps.probabilities().tolist()]
     [0.0, 0.74975, 0.25025]
     """
 
@@ -375,7 +375,7 @@ def widen(network: UNet) -> UNet:
 
     So trained weights start with a learned variance: the first half of the output is
     what it was, and the raw variance 0 lies half-way between the rules on a log scale
-    (`eq-improved-variance`). Same device, dtype and mode. Shares nothing.
+    (`eq-improved-variance`). Same device, dtype and mode; no tensor is shared.
 
     >>> from ddpm_core.unet import UNET_CONFIGS
     >>> wide = widen(UNet(UNET_CONFIGS["digits"]))
@@ -383,7 +383,8 @@ def widen(network: UNet) -> UNet:
     torch.Size([2, 2, 8, 8])
     """
     config = replace(network.config, out_channels=2 * network.config.out_channels)
-    wide = UNet(config, torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):  # the drawn weights are overwritten
+        wide = UNet(config)
     state = dict(network.state_dict())
     for name in ("conv_out.weight", "conv_out.bias"):
         state[name] = torch.cat([state[name], torch.zeros_like(state[name])])

@@ -64,7 +64,9 @@ def test_the_variance_is_a_weighted_geometric_mean(
 ) -> None:
     schedule = schedule_of(beta)
     t = torch.arange(1, schedule.T + 1)
-    found = interpolated_variance(schedule, t, torch.full((schedule.T,), raw).double())
+    found = interpolated_variance(
+        schedule, t, torch.full((schedule.T,), raw, dtype=torch.float64)
+    )
     small, large = posterior_variance(schedule)[1:], schedule.beta[1:]
     small = torch.cat([small[1:2], small[1:]])  # beta_tilde_2 stands at t = 1
     nu = (raw + 1) / 2
