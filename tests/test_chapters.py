@@ -216,6 +216,7 @@ ORDER += [
     "sde",
     "flows",
     "unet",
+    "improved",
     "ema",
     "files",
     "interchange",
