@@ -202,10 +202,12 @@ def test_recursion_converges_to_the_data_at_first_order(kappa):
 
 def test_without_noise_it_is_the_flow_by_euler():
     x, times = noise(4, 2), line(1, 0.1, 20)
-    states = sde.reverse_sde(score, VP, x, times, noise=0.0)
+    generator, before = seeded(4), seeded(4).get_state()
+    states = sde.reverse_sde(score, VP, x, times, noise=0.0, generator=generator)
     velocity = sde.flow_velocity(score, VP)
     for state, y in zip(states, sde.flow(velocity, x, times, "euler"), strict=True):
         torch.testing.assert_close(state.x, y, rtol=1e-12, atol=1e-12)
+    assert torch.equal(generator.get_state(), before), "nothing is drawn"
 
 
 def test_states_count_down_and_a_seed_repeats():
@@ -335,6 +337,7 @@ def test_signs_are_signs_and_normals_are_normal():
     assert abs(z.mean()) < 4 / 15_000**0.5
     z = sde.probes_like(torch.zeros(100, 50), 3, "gaussian", seeded())
     assert abs(z.var() - 1) < 4 * math.sqrt(2 / 15_000)
+    assert len(z.unique()) > 10_000
     assert sde.probes_like(torch.zeros(2, 2, dtype=F64)).dtype == F64
 
 
