@@ -1,7 +1,7 @@
 """Bits per dimension with fixed, measured and learned variances: book/results/improved.json
 
 python benchmarks/improved.py               digits, then Fashion-MNIST (DDPM_DATA)
-python benchmarks/improved.py --steps 20 20 --seeds 1 --out /tmp/try.json    a trial
+python benchmarks/improved.py --steps 20 20 --seeds 1     a trial: overwrites it too
 
 Two networks a seed, one trained by L_simple and one by the hybrid loss: they start from
 the same weights and see the same images, steps and noise. The digits' start from the
@@ -10,9 +10,6 @@ weights that ship. The file is written anew after every seed.
 
 import argparse
 import copy
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -42,10 +39,10 @@ from ddpm_core.schedules import Schedule, cosine
 from ddpm_core.training import TrainConfig, Trainer, stream
 from ddpm_core.unet import UNet, UNetConfig
 
-ROOT = Path(__file__).parents[1]
-SMALL = UNetConfig(
-    28, 1, 1, 16, (1, 2), 1, (7,), groups=8, patch=2
-)  # for Fashion-MNIST
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import results
+
+SMALL = UNetConfig(28, 1, 1, 16, (1, 2), 1, (7,), groups=8, patch=2)  # Fashion-MNIST
 
 
 class HybridTrainer(Trainer):
@@ -108,18 +105,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, nargs=2, default=[300, 300])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "book/results/improved.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    network, schedule, card = load_pretrained("digits")
-    result: dict[str, Any] = {
-        "command": "python benchmarks/improved.py",
-        "arguments": sys.argv[1:],
-        "machine": f"{platform.machine()}, one thread of {os.cpu_count()} cores, shared",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "weights": card["sha256"],
-        "data": {},
-    }
+    network, schedule, _ = load_pretrained("digits")
+    began, found = time.perf_counter(), dict[str, Any]()
     plan: list[tuple[str, Any, Schedule, int, int, float]] = [
         ("digits", data.digits, schedule, 60, 80, 5e-4),
         ("Fashion-MNIST", data.fashion_mnist, cosine(50), 60, 60, 4e-3),
@@ -134,10 +123,10 @@ def main() -> None:
         if name == "digits":
             part |= {"from": "the weights that ship"}
             part["before"] = judge(network, table, seen, unseen)
-        result["data"][name] = part | {"seeds": {}}
+        found[name] = part | {"seeds": {}}
         for seed in range(options.seeds):
             run = TrainConfig(steps, 64, lr, steps // 20, "linear", seed=seed)
-            runs = result["data"][name]["seeds"][str(seed)] = {}
+            runs = found[name]["seeds"][str(seed)] = {}
             for arm, kind in (("simple", Trainer), ("hybrid", HybridTrainer)):
                 model = UNet(SMALL, stream(seed, "weights", 0))
                 model = copy.deepcopy(network) if name == "digits" else model
@@ -150,10 +139,11 @@ def main() -> None:
                 runs[arm] = {"bits": bits}
                 print(name, seed, arm, bits, flush=True)
             seconds = round(time.process_time() - start, 1)
-            result["data"][name]["seconds of one thread"] = seconds
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-            options.out.write_text(text, encoding="utf-8", newline="\n")
+            found[name]["seconds of one thread"] = seconds
+            behind = ("improved", "losses", "process", "schedules", "training")
+            results.write(
+                "improved", {"data": found}, began, modules=behind, weights=["digits"]
+            )
 
 
 if __name__ == "__main__":
