@@ -21,11 +21,19 @@ from torch import Tensor
 from ddpm_core import data, samplers
 from ddpm_core.files import load_pretrained
 from ddpm_core.metrics import energy_distance
-from ddpm_core.samplers import State, ancestral, ddim, dpm_solver_2m, heun, kept_steps
+from ddpm_core.samplers import (
+    State,
+    ancestral,
+    ddim,
+    dpm_solver_2m,
+    heun,
+    kept_steps,
+    last,
+)
 from ddpm_core.schedules import respace
 
 RESULT = Path(__file__).parents[1] / "book" / "results" / "fast_sampling.json"
-EVALUATIONS = (5, 10, 20, 50, 100)
+EVALUATIONS = (5, 10, 20, 50)
 DRAWN: dict[str, tuple[Callable[..., Iterator[State]], dict[str, Any]]] = {
     "DPM-Solver++(2M)": (dpm_solver_2m, {}),
     "Heun": (heun, {}),
@@ -49,61 +57,77 @@ def held_out(name: str) -> Tensor:
     )
 
 
-def measure(weights: str, n: int, seeds: list[int], batch: int = 256) -> dict[str, Any]:
-    """Distances and RMS for every sampler and number of evaluations."""
+def drawer(weights: str, batch: int = 256) -> Callable[..., Tensor]:
+    """A function (name, evaluations, n, seed) that draws samples with these weights."""
     model, schedule, card = load_pretrained(weights)
-    reference, shape = held_out(weights), (1, *[model.config.image_size] * 2)
-    said = {"prediction": card["prediction"]}
+    shape = (model.config.in_channels, *[model.config.image_size] * 2)
 
     def draw(name: str, evaluations: int, n: int, seed: int) -> Tensor:
-        sampler, options = DRAWN[name]
+        sampler, own = DRAWN[name]
         steps = (evaluations + 1) // 2 if sampler is heun else evaluations
         chain = respace(schedule, kept_steps(schedule.T, steps))
         generator = torch.Generator().manual_seed(seed)
         parts = torch.randn(n, *shape, generator=generator).split(batch)
-        options = {**said, **options, "generator": generator}
-        return torch.cat(
-            [samplers.last(sampler(model, chain, x, **options)) for x in parts]
-        )
+        options = {"prediction": card["prediction"], "generator": generator, **own}
+        return torch.cat([last(sampler(model, chain, x, **options)) for x in parts])
 
-    def row(name: str, evaluations: int) -> dict[str, Any]:
-        start = time.perf_counter()
-        made = [draw(name, evaluations, n, seed).clamp(-1, 1) for seed in seeds]
-        taken = (time.perf_counter() - start) / len(seeds)
-        print(f"{name:18} {evaluations:4} {taken:6.1f} s", flush=True)
-        asked = evaluations - (name == "Heun" and evaluations % 2 == 0)
-        distances = [flat_energy(x, reference) for x in made]
-        return {"evaluations": asked, "distances": distances, "seconds": taken}
+    return draw
 
-    distance = {name: [row(name, e) for e in EVALUATIONS] for name in DRAWN}
-    every = {
-        f"ancestral, {v}": row(f"ancestral, {v}", schedule.T)
-        for v in ("small", "large")
-    }
-    converged = draw("Heun", 2 * schedule.T, 256, seeds[0])
-    other = draw("DPM-Solver++(2M)", schedule.T, 256, seeds[0])
-    flow = {
+
+def add_seed(
+    found: dict[str, Any],
+    draw: Callable[..., Tensor],
+    reference: Tensor,
+    n: int,
+    seed: int,
+) -> None:
+    """Append the distances of one seed to the rows of `found["distance"]`."""
+    counts = {name: [*EVALUATIONS] for name in DRAWN}
+    for rule in ("small", "large"):
+        counts[f"ancestral, {rule}"].append(found["T"])
+    for name, asked in counts.items():
+        for i, evaluations in enumerate(asked):
+            start = time.perf_counter()
+            made = draw(name, evaluations, n, seed).clamp(-1, 1)
+            taken = time.perf_counter() - start
+            rows = found["distance"].setdefault(name, [])
+            if i == len(rows):
+                odd = evaluations - (name == "Heun" and evaluations % 2 == 0)
+                rows.append({"evaluations": odd, "distances": [], "seconds": []})
+            rows[i]["distances"].append(flat_energy(made, reference))
+            rows[i]["seconds"].append(taken)
+            print(seed, name, evaluations, rows[i]["distances"][-1], taken, flush=True)
+
+
+def flow(draw: Callable[..., Tensor], T: int, seed: int) -> dict[str, Any]:
+    """RMS distance, from the same 256 x_T, to Heun's method on all T steps."""
+    converged = draw("Heun", 2 * T, 256, seed)
+    rows = {
         name: [
             {
                 "evaluations": e - (name == "Heun" and e % 2 == 0),
-                "rms": rms(draw(name, e, 256, seeds[0]) - converged),
+                "rms": rms(draw(name, e, 256, seed) - converged),
             }
-            for e in EVALUATIONS
+            for e in (*EVALUATIONS, 100)
         ]
         for name in ("DPM-Solver++(2M)", "Heun", "DDIM")
     }
-    return {
-        "T": schedule.T,
-        "reference": len(reference),
-        "distance": distance,
-        "all_steps": every,
-        "flow": flow,
-        "flow_check": rms(other - converged),
-    }
+    other = draw("DPM-Solver++(2M)", T, 256, seed)
+    return {"flow": rows, "flow_check": rms(other - converged)}
 
 
 def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
+
+
+def digest(weights: str) -> str:
+    """Of the module and the weights that the figures come from."""
+    package = Path(samplers.__file__).parent
+    parts = [
+        package / "samplers.py",
+        *sorted((package / "weights").glob(f"{weights}.*")),
+    ]
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
 
 
 def main() -> None:
@@ -113,32 +137,31 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--out", type=Path, default=RESULT)
     given = options.parse_args()
-    start = time.perf_counter()
-    found = measure(given.weights, given.n, given.seeds)
-    modules = [
-        Path(samplers.__file__),
-        *sorted(
-            (Path(samplers.__file__).parent / "weights").glob(f"{given.weights}.*")
-        ),
-    ]
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in modules)).hexdigest()
-    facts = {
+    start, draw = time.perf_counter(), drawer(given.weights)
+    reference, T = held_out(given.weights), load_pretrained(given.weights)[1].T
+    found: dict[str, Any] = {
         "command": f"python benchmarks/sampling_quality.py --weights {given.weights}",
         "weights": given.weights,
         "n": given.n,
-        "seeds": given.seeds,
+        "reference": len(reference),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
         },
-        "minutes": (time.perf_counter() - start) / 60,
-        "digest": digest,
+        "digest": digest(given.weights),
+        "T": T,
+        "seeds": [],
+        "distance": {},
+        **flow(draw, T, given.seeds[0]),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(
-        json.dumps({**facts, **found}, indent=1) + "\n", encoding="utf-8"
-    )
+    for seed in given.seeds:
+        add_seed(found, draw, reference, given.n, seed)
+        found["seeds"].append(seed)
+        found["minutes"] = (time.perf_counter() - start) / 60
+        text = json.dumps(found, indent=1) + "\n"
+        given.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
