@@ -15,7 +15,12 @@ from ddpm_core import oracles, process, samplers, schedules
 from ddpm_core.samplers import ddim, dpm_solver_2m, heun, kept_steps, last
 from ddpm_core.schedules import respace
 
-LINEAR, COSINE = schedules.linear(1000), schedules.cosine(1000)
+# 1 - alpha_bar is exact here: after a thousand sums it is off by 1e-14, and respacing
+# divides that by alpha_bar, which is small at the noisy end.
+LINEAR, COSINE = (
+    schedules.from_alpha_bar(schedule.alpha_bar, schedule.name)
+    for schedule in (schedules.linear(1000), schedules.cosine(1000))
+)
 DETERMINISTIC = [ddim, heun, dpm_solver_2m]
 ALL = [samplers.ancestral, *DETERMINISTIC, samplers.ddim_inversion]
 each = pytest.mark.parametrize("sampler", ALL, ids=lambda s: s.__name__)
@@ -320,14 +325,14 @@ def test_eta_1_is_ancestral_sampling_with_the_small_variance(
         run = samplers.ancestral(
             bent, chain, x_T, clip=clip, generator=seeded(1), variance=rule
         )
-        runs[rule] = [s.x for s in run]
+        runs[rule] = list(run)
     ours = [s.x for s in ddim(bent, chain, x_T, clip=clip, generator=seeded(1), eta=1)]
-    largest = 1.0  # a large x on the way leaves its rounding behind
+    largest = 1.0  # a large x or x_0 on the way leaves its rounding behind
     for a, b in zip(ours, runs["fixed_small"], strict=True):
-        largest = max(largest, b.abs().max().item())
-        assert (a - b).abs().max() <= 1e-12 * largest
+        largest = max(largest, b.x.abs().max().item(), b.x_0.abs().max().item())
+        assert (a - b.x).abs().max() <= 1e-12 * largest
     if S > 2:
-        assert (ours[-1] - runs["fixed_large"][-1]).abs().max() > 1e-6
+        assert (ours[-1] - runs["fixed_large"][-1].x).abs().max() > 1e-6
 
 
 @settings(max_examples=60)
@@ -339,7 +344,7 @@ def test_eta_1_is_ancestral_sampling_for_any_subset(kept, clip):
     chain, x_T = respace(LINEAR, kept), noise(3, 2, seed=len(kept))
     options = {"clip": clip, "generator": seeded(1)}
     run = samplers.ancestral(bent, chain, x_T, variance="fixed_small", **options)
-    theirs = torch.stack([state.x for state in run])
+    theirs = torch.stack([y for state in run for y in (state.x_0, state.x)])
     end = last(ddim(bent, chain, x_T, clip=clip, generator=seeded(1), eta=1))
     largest = theirs.abs().max().clamp(min=1)
     assert (end - theirs[-1]).abs().max() <= 1e-12 * largest
@@ -452,8 +457,11 @@ def test_dpm_solver_steps_agree_with_diffusers(schedule, exact, bound, spacing, 
             t = theirs.timesteps[i]
             other = theirs.step(output.float(), t, x.float()).prev_sample.double()
             guesses.append(theirs.model_outputs[-1])
-        first_of_cosine = i < 2 and schedule is COSINE and not exact
-        near(state.x, other, 2e-4 if first_of_cosine else bound)
+        if not exact and schedule is COSINE and i < 2:
+            bound = 2e-4
+        elif not exact and kept[0] == 1:
+            bound = 5e-5  # its float32 holds four digits of 1 - alpha_bar_1
+        near(state.x, other, bound)
         x = state.x
 
 
@@ -481,8 +489,12 @@ def test_heun_steps_agree_with_diffusers(schedule, exact, bound, clip, S):
             scaled = x_bar / (theirs.sigmas[i].double() ** 2 + 1).sqrt()
             output = bent(scaled, torch.full((3,), k_asked))
             x_bar = theirs.step(output, theirs.timesteps[i], x_bar).prev_sample
-        first_of_cosine = state.t == S - 1 and schedule is COSINE and not exact
-        near(state.x, root * x_bar, 2e-4 if first_of_cosine else bound)
+        if clip:  # x_bar is as large as sigma_bar, and the slopes' difference small
+            lost = chain.alpha_bar[state.t + 1].rsqrt().item()
+            near(state.x, root * x_bar, bound * max(1, lost**2))
+        else:
+            first_of_cosine = state.t == S - 1 and schedule is COSINE and not exact
+            near(state.x, root * x_bar, 2e-4 if first_of_cosine else bound)
         x = state.x
 
 
