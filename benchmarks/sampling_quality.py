@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,20 +100,20 @@ def add_seed(
             print(seed, name, evaluations, rows[i]["distances"][-1], taken, flush=True)
 
 
-def flow(draw: Callable[..., Tensor], T: int, seed: int) -> dict[str, Any]:
-    """RMS distance, from the same 256 x_T, to Heun's method on all T steps."""
-    converged = draw("Heun", 2 * T, 256, seed)
+def flow(draw: Callable[..., Tensor], T: int, paths: int, seed: int) -> dict[str, Any]:
+    """RMS distance, from the same x_T, to Heun's method on all T steps."""
+    converged = draw("Heun", 2 * T, paths, seed)
     rows = {
         name: [
             {
                 "evaluations": e - (name == "Heun" and e % 2 == 0),
-                "rms": rms(draw(name, e, 256, seed) - converged),
+                "rms": rms(draw(name, e, paths, seed) - converged),
             }
             for e in (*EVALUATIONS, 100)
         ]
         for name in ("DPM-Solver++(2M)", "Heun", "DDIM")
     }
-    other = draw("DPM-Solver++(2M)", T, 256, seed)
+    other = draw("DPM-Solver++(2M)", T, paths, seed)
     return {"flow": rows, "flow_check": rms(other - converged)}
 
 
@@ -134,13 +135,18 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--weights", default="digits")
     options.add_argument("--n", type=int, default=1024)
+    options.add_argument(
+        "--paths", type=int, default=256, help="x_T of the second panel"
+    )
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--out", type=Path, default=RESULT)
     given = options.parse_args()
     start, draw = time.perf_counter(), drawer(given.weights)
     reference, T = held_out(given.weights), load_pretrained(given.weights)[1].T
     found: dict[str, Any] = {
-        "command": f"python benchmarks/sampling_quality.py --weights {given.weights}",
+        "command": " ".join(
+            ["python", "benchmarks/sampling_quality.py", *sys.argv[1:]]
+        ),
         "weights": given.weights,
         "n": given.n,
         "reference": len(reference),
@@ -153,7 +159,8 @@ def main() -> None:
         "T": T,
         "seeds": [],
         "distance": {},
-        **flow(draw, T, given.seeds[0]),
+        "paths": given.paths,
+        **flow(draw, T, given.paths, given.seeds[0]),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:

@@ -24,6 +24,7 @@ from ddpm_core.switching import mode
 
 __all__ = [
     "SPACINGS",
+    "STEEP",
     "Clip",
     "Generators",
     "Model",
@@ -466,6 +467,9 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 
 # --- book/beyond/fast_sampling.ipynb · fast-export-heun · Heun: look at both ends
+STEEP = 20.0  # a fall of sigma_bar over one step that Heun's mean is not made for
+
+
 def heun(
     model: Model,
     schedule: Schedule,
@@ -477,9 +481,10 @@ def heun(
 ) -> Iterator[State]:
     r"""Heun's method, `eq-fast-heun-x` (Karras et al. 2022, algorithm 1): T states.
 
-    Two evaluations a step, one at the last: 2 T - 1. State.x_0 is the prediction at
-    the start of the step. The options as for `ddim`; nothing is drawn from
-    `generator`. Raises TypeError or ValueError.
+    Two evaluations a step, one at the last: 2 T - 1. Steps over which sigma_bar falls
+    more than STEEP times stay Euler's. State.x_0 is the prediction at the start of the
+    step. The options as for `ddim`; nothing is drawn from `generator`. Raises TypeError
+    or ValueError.
 
     >>> from ddpm_core.schedules import linear, respace
     >>> short = respace(linear(), kept_steps(1000, 10))
@@ -491,7 +496,7 @@ def heun(
     signal, direction, _ = ddim_tables(schedule, 0.0)
     levels = sigma_bar(schedule)
     half = before(schedule.alpha_bar).sqrt() * (before(levels) - levels) / 2
-    half = torch.where(half.isfinite(), half, 0.0)
+    half = torch.where(levels / before(levels) <= STEEP, half, 0.0)
 
     @torch.no_grad()
     def step(x: Tensor, t: int) -> State:
