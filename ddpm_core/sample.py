@@ -6,7 +6,7 @@
 import argparse
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,48 @@ from ddpm_core.files import (
 )
 from ddpm_core.parallel import join
 from ddpm_core.process import VARIANCES
-from ddpm_core.samplers import Model, ancestral, last, noise_like
+from ddpm_core.samplers import (
+    Model,
+    State,
+    ancestral,
+    ddim,
+    dpm_solver_2m,
+    heun,
+    kept_steps,
+    last,
+    noise_like,
+)
 from ddpm_core.schedules import Schedule, respace
 from ddpm_core.train import add_number, add_running, read_options
 from ddpm_core.training import Processes, stream
 from ddpm_core.unet import UNet
 
 __all__ = [
+    "OWN",
     "SAMPLERS",
     "SUFFIXES",
+    "add_sampler",
     "check_options",
     "draw",
     "load",
     "main",
     "noise",
+    "own_options",
     "parser",
     "shortened",
+    "steps_of",
     "write",
 ]
 
 
 # --- book/workshop/command_line.ipynb · command-line-export-sample-options · Samples
-SAMPLERS = {"ancestral": ancestral}
+SAMPLERS: dict[str, Callable[..., Iterator[State]]] = {
+    "ancestral": ancestral,
+    "ddim": ddim,
+    "heun": heun,
+    "dpm-solver-2m": dpm_solver_2m,
+}
+OWN = {"variance": "ancestral", "eta": "ddim"}  # options that one sampler has
 SUFFIXES = (".png", ".npy", ".safetensors")
 
 
@@ -78,19 +98,63 @@ def parser() -> argparse.ArgumentParser:
         "[-1, 1] [samples.png]",
     )
     add_running(options)
-    kinds, switch = sorted(SAMPLERS), argparse.BooleanOptionalAction
-    add("--sampler", choices=kinds, default="ancestral", help="[%(default)s]")
-    add(
-        "--variance",
-        choices=VARIANCES,
-        default="fixed_large",
-        help="of a step's noise [%(default)s]",
-    )
-    add_number(options, "--steps", None, "visit only N steps, evenly spread [all]")
-    add("--clip", action=switch, default=True, help="clip the guess of x_0 [yes]")
+    add_sampler(options)
     add_number(options, "--batch", 50, "samples drawn at once by one process")
     add_number(options, "--zoom", 1, "pixels of the picture to a pixel of a sample")
     return options
+
+
+def add_sampler(options: argparse.ArgumentParser) -> None:
+    r"""The options that say how a sample is drawn.
+
+    >>> add_sampler.__name__
+    'add_sampler'
+    """
+    add, switch = options.add_argument, argparse.BooleanOptionalAction
+    add("--sampler", choices=[*SAMPLERS], default="ancestral", help="[%(default)s]")
+    large = "of a step's noise, for ancestral [fixed_large]"
+    add("--variance", choices=VARIANCES, help=large)
+    add_number(options, "--eta", None, "share of noise, 0 to 1, for ddim [0]", float)
+    add_number(options, "--steps", None, "visit only N steps, evenly spread [all]")
+    asked = "ask the network N times a sample at most, in place of --steps"
+    add_number(options, "--evaluations", None, asked)
+    add("--clip", action=switch, default=True, help="clip the guess of x_0 [yes]")
+
+
+def steps_of(options: argparse.Namespace) -> int | None:
+    r"""How many steps to visit, None for all: heun asks twice a step, once at the last.
+
+    Raises TypeError or ValueError.
+
+    >>> words = ["--sampler", "heun", "--evaluations", "20"]
+    >>> steps_of(parser().parse_args(words))
+    10
+    """
+    number: int | None = options.steps
+    if options.evaluations is None:
+        return number
+    if number is not None:
+        raise ValueError("give --steps or --evaluations, not both")
+    number = checks.integer("evaluations", options.evaluations, low=1)
+    return (number + 1) // 2 if options.sampler == "heun" else number
+
+
+def own_options(options: argparse.Namespace) -> dict[str, Any]:
+    r"""The options that the chosen sampler alone has, as far as they are given.
+
+    Raises ValueError for one of another sampler.
+
+    >>> own_options(parser().parse_args(["--sampler", "ddim", "--eta", "0.5"]))
+    {'eta': 0.5}
+    """
+    given = {n: getattr(options, n) for n in OWN if getattr(options, n) is not None}
+    for name in given:
+        if options.sampler != OWN[name]:
+            raise ValueError(
+                f"--{name} belongs to --sampler {OWN[name]}; got it with "
+                f"--sampler {options.sampler}"
+            )
+    return given
 
 
 # --- book/workshop/command_line.ipynb · command-line-export-sample · Samples
@@ -116,12 +180,11 @@ def shortened(schedule: Schedule, steps: int | None) -> Schedule:
 
     >>> from ddpm_core.schedules import linear
     >>> shortened(linear(1000), 3).timesteps.tolist()
-    [0, 333, 666, 1000]
+    [0, 333, 667, 1000]
     """
     if steps is None:
         return schedule
-    checks.integer("steps", steps, low=1, high=schedule.T)
-    return respace(schedule, [schedule.T * k // steps for k in range(1, steps + 1)])
+    return respace(schedule, kept_steps(schedule.T, steps))
 
 
 def noise(seed: int, places: Sequence[int], shape: Sequence[int]) -> Any:
@@ -165,9 +228,9 @@ def draw(
             schedule,
             x_T.to(device),
             prediction=prediction,
-            variance=options.variance,
             clip=options.clip,
             generator=generators,
+            **own_options(options),
         )
         bar = tqdm(states, f"from {places[0]}", schedule.T, disable=hidden)
         samples[places.start : places.stop] = last(bar)
@@ -213,6 +276,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--weights is missing: a name or a file")
     for name in ("n", "batch", "zoom"):
         checks.integer(name, getattr(options, name), low=1)
+    own_options(options)
+    steps_of(options)
     for path in options.out:
         if path.suffix not in SUFFIXES:
             raise ValueError(
@@ -236,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_options(options)
         processes, device = join(options.device, options.expect_processes)
         model, schedule, card = load(options.weights, device)
-        schedule = shortened(schedule, options.steps)
+        schedule = shortened(schedule, steps_of(options))
         shape = model.config.in_channels, *[model.config.image_size] * 2
         samples = draw(model, schedule, shape, options, card["prediction"], processes)
         if processes.rank == 0:

@@ -19,8 +19,15 @@ from two_processes import stopped_after
 
 from ddpm_core import files, sample, train, training
 from ddpm_core.files import load_model, load_pretrained, load_tensors
-from ddpm_core.samplers import ancestral, last
-from ddpm_core.schedules import cosine, linear
+from ddpm_core.samplers import (
+    ancestral,
+    ddim,
+    dpm_solver_2m,
+    heun,
+    kept_steps,
+    last,
+)
+from ddpm_core.schedules import cosine, linear, respace
 from ddpm_core.training import Trainer
 
 COMMON = ["--T", "50", "--batch-size", "4", "--warmup", "1", "--steps", "6"]
@@ -466,6 +473,28 @@ def test_samples_are_those_of_the_sampler(tmp_path):
     assert np.abs(last(states).numpy() - np.load(tmp_path / "s.npy")).max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("words", "sampler", "options", "steps"),
+    [
+        (["ddim", "--evaluations", 7], ddim, {}, 7),
+        (["ddim", "--steps", 5, "--eta", 0.5], ddim, {"eta": 0.5}, 5),
+        (["heun", "--evaluations", 9], heun, {}, 5),
+        (["heun", "--evaluations", 8], heun, {}, 4),
+        (["dpm-solver-2m", "--evaluations", 6, "--no-clip"], dpm_solver_2m, {}, 6),
+        (["ancestral", "--evaluations", 4], ancestral, {}, 4),
+    ],
+)
+def test_every_sampler_by_its_name(tmp_path, words, sampler, options, steps):
+    path = tmp_path / "s.npy"
+    drawn("--n", 2, "--sampler", *words, "--out", path)
+    model, schedule, _ = load_pretrained("digits")
+    x_T, generators = sample.noise(0, [0, 1], (1, 8, 8))
+    short = respace(schedule, kept_steps(200, steps))
+    options |= {"clip": "--no-clip" not in words, "generator": generators}
+    wanted = last(sampler(model, short, x_T, **options))
+    assert np.abs(wanted.numpy() - np.load(path)).max() < 1e-5
+
+
 def test_samples_of_a_file_with_its_own_schedule(whole, tmp_path):
     words = [
         "--weights",
@@ -501,6 +530,18 @@ def test_all_steps_are_the_schedule_itself():
         (["--batch", "0"], "batch must"),
         (["--zoom", "0"], "zoom must"),
         (["--steps", "201"], "steps must"),
+        (["--evaluations", "0"], "evaluations must"),
+        (["--evaluations", "201"], "steps must"),
+        (["--evaluations", "9", "--steps", "9"], "not both"),
+        (["--eta", "0.5"], "--eta belongs to --sampler ddim; got it with"),
+        (
+            ["--eta", "2", "--sampler", "ddim"],
+            "eta must be a finite number from 0 to 1",
+        ),
+        (
+            ["--variance", "fixed_small", "--sampler", "heun"],
+            "--variance belongs to --sampler ancestral",
+        ),
         (["--weights", "imagenet"], "weights must be one of ['digits'"),
         (["--expect-processes", "4"], "4 processes were expected"),
     ],
