@@ -7,9 +7,6 @@ distance of every seed, with the command, the machine, the versions and the dura
 """
 
 import argparse
-import hashlib
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_core import data, samplers
+from ddpm_core import data
 from ddpm_core.files import load_pretrained
 from ddpm_core.metrics import energy_distance
 from ddpm_core.samplers import (
@@ -33,7 +30,9 @@ from ddpm_core.samplers import (
 )
 from ddpm_core.schedules import respace
 
-RESULT = Path(__file__).parents[1] / "book" / "results" / "fast_sampling.json"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import results
+
 EVALUATIONS = (5, 10, 20, 50)
 DRAWN: dict[str, tuple[Callable[..., Iterator[State]], dict[str, Any]]] = {
     "DPM-Solver++(2M)": (dpm_solver_2m, {}),
@@ -121,16 +120,6 @@ def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def digest(weights: str) -> str:
-    """Of the module and the weights that the figures come from."""
-    package = Path(samplers.__file__).parent
-    parts = [
-        package / "samplers.py",
-        *sorted((package / "weights").glob(f"{weights}.*")),
-    ]
-    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--weights", default="digits")
@@ -139,36 +128,26 @@ def main() -> None:
         "--paths", type=int, default=256, help="x_T of the second panel"
     )
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument("--out", type=Path, default=RESULT)
     given = options.parse_args()
     start, draw = time.perf_counter(), drawer(given.weights)
     reference, T = held_out(given.weights), load_pretrained(given.weights)[1].T
     found: dict[str, Any] = {
-        "command": " ".join(
-            ["python", "benchmarks/sampling_quality.py", *sys.argv[1:]]
-        ),
         "weights": given.weights,
         "n": given.n,
         "reference": len(reference),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
-        "digest": digest(given.weights),
         "T": T,
         "seeds": [],
         "distance": {},
         "paths": given.paths,
         **flow(draw, T, given.paths, given.seeds[0]),
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    behind = ("samplers", "process", "schedules", "metrics")
     for seed in given.seeds:
         add_seed(found, draw, reference, given.n, seed)
         found["seeds"].append(seed)
-        found["minutes"] = (time.perf_counter() - start) / 60
-        text = json.dumps(found, indent=1) + "\n"
-        given.out.write_text(text, encoding="utf-8")
+        results.write(
+            "fast_sampling", found, start, modules=behind, weights=[given.weights]
+        )
 
 
 if __name__ == "__main__":
