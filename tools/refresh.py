@@ -66,10 +66,12 @@ def digest(path: Path) -> str:
         parts.append((PACKAGE / f"{name}.py").read_bytes())
     for label, tex in sorted(book.labelled(book.prose(path))):
         parts.append(f"{label}={tex}".encode())
-    for name in sorted(set(re.findall(r'load_pretrained\(\s*"(\w+)"', together))):
-        parts += [
-            p.read_bytes() for p in sorted((PACKAGE / "weights").glob(f"{name}.*"))
-        ]
+    called = r'load_(pretrained|features|reference)\(\s*"([\w-]+)"'
+    for kind, name in sorted(set(re.findall(called, together))):
+        own = kind == "pretrained"
+        folder = PACKAGE / "weights" if own else PACKAGE / "weights" / "features"
+        files = folder.glob(f"{name}.*" if own else f"{name}*")
+        parts += [p.read_bytes() for p in sorted(files)]
     whole = hashlib.sha256()
     for part in parts:
         whole.update(hashlib.sha256(part).digest())
