@@ -479,6 +479,7 @@ def inception_score(probabilities: Tensor) -> float:
     10.0
     """
     checks.tensor("probabilities", probabilities, ndim=2)
+    checks.between("probabilities", probabilities, 0, 1)
     p = probabilities.double()
     p = p / p.sum(1, keepdim=True)
     divergence = kl_categorical(p, p.mean(0).expand_as(p))

@@ -98,7 +98,9 @@ def test_training_is_a_function_of_the_seed_and_learns():
     first = features.learn(images, recipe, seed=3)
     torch.manual_seed(2)
     again = features.learn(images, recipe, seed=3)
-    for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
+    for a, b in zip(
+        first.state_dict().values(), again.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b)
     assert features.accuracy(first, data.digits("test")) > 0.9
     other = features.learn(images, recipe._replace(epochs=1), seed=4)
