@@ -36,6 +36,7 @@ __all__ = [
     "load_features",
     "load_reference",
     "main",
+    "one_cycle",
     "save_features",
     "shipped",
 ]
@@ -92,20 +93,22 @@ def features_of(network: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
 class Recipe(NamedTuple):
     r"""A data set to be judged, and how its feature network is trained.
 
+    `cycles`: epochs and peak learning rate of one cycle after the other.
+
     >>> RECIPES["digits"].levels
     17
     """
 
     side: int
     levels: int
-    epochs: int
+    cycles: tuple[tuple[int, float], ...]
     mirror: bool
     shift: int
 
 
 RECIPES = {
-    "digits": Recipe(8, 17, 40, mirror=False, shift=0),
-    "fashion-mnist": Recipe(28, 256, 8, mirror=True, shift=0),
+    "digits": Recipe(8, 17, ((40, 5e-3),), mirror=False, shift=0),
+    "fashion-mnist": Recipe(28, 256, ((8, 5e-3), (4, 2e-3)), mirror=True, shift=0),
 }
 KEPT = 10_000  # training images whose features are shipped
 
@@ -139,25 +142,27 @@ def jittered(x: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     return x[..., down : down + side, right : right + side]
 
 
-def learn(images: data.Images, recipe: Recipe, seed: int = 0) -> FeatureNetwork:
-    r"""Train a feature network to name images; returns it in `eval()` mode.
+def one_cycle(
+    network: FeatureNetwork,
+    images: data.Images,
+    recipe: Recipe,
+    epochs: range,
+    peak: float,
+    seed: int = 0,
+) -> None:
+    r"""Train over some epochs, the learning rate rising to `peak` and falling to 0.
 
-    Everything random follows from `seed`. Raises TypeError or ValueError.
-
-    >>> few = data.Images(torch.zeros(4, 1, 8, 8), torch.arange(4))
-    >>> learn(few, RECIPES["digits"]._replace(epochs=0)).training
-    False
+    >>> one_cycle.__name__
+    'one_cycle'
     """
-    checks.images("images", images.images)
-    network = FeatureNetwork(recipe.side, stream(seed, "weights", 0))
-    network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     size = min(128, len(images.labels))
     steps = len(images.labels) // size
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     plan = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, 5e-3, total_steps=max(2, recipe.epochs * steps)
+        optimiser, peak, total_steps=max(2, len(epochs) * steps)
     )
-    for epoch in range(recipe.epochs):
+    network.train()
+    for epoch in epochs:
         generator = stream(seed, "order", epoch)
         order = torch.randperm(len(images.labels), generator=generator)
         for some in torch.split(order[: steps * size], size):
@@ -168,6 +173,24 @@ def learn(images: data.Images, recipe: Recipe, seed: int = 0) -> FeatureNetwork:
             torch.autograd.backward(loss)
             optimiser.step()
             plan.step()
+
+
+def learn(images: data.Images, recipe: Recipe, seed: int = 0) -> FeatureNetwork:
+    r"""Train a feature network to name images; returns it in `eval()` mode.
+
+    Everything random follows from `seed`. Raises TypeError or ValueError.
+
+    >>> few = data.Images(torch.zeros(4, 1, 8, 8), torch.arange(4))
+    >>> learn(few, RECIPES["digits"]._replace(cycles=())).training
+    False
+    """
+    checks.images("images", images.images)
+    network = FeatureNetwork(recipe.side, stream(seed, "weights", 0))
+    network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    done = 0
+    for epochs, peak in recipe.cycles:
+        one_cycle(network, images, recipe, range(done, done + epochs), peak, seed)
+        done += epochs
     return network.eval()
 
 
@@ -187,8 +210,8 @@ def accuracy(network: FeatureNetwork, images: data.Images) -> float:
 class Reference(NamedTuple):
     r"""What samples are compared with: a network, and features of real images.
 
-    `test` [N, 64] of all test images, `train` [M, 64] of some training images;
-    `train_moments` of all of them. `radius`: the nearest 1 % of the test images are
+    `test` [N, 64] of all test images, `train` [M, 64] of some training images in random
+    order, `train_moments` of all of them. `radius`: the nearest 1 % of the test images are
     nearer than this to a training image, in pixels. `levels`: grey levels of the data.
 
     >>> Reference._fields[:2]
@@ -215,12 +238,13 @@ def build_reference(name: str, network: FeatureNetwork) -> Reference:
     test, train = images_of(name, "test").images, images_of(name, "train").images
     near = nearest_neighbours(test, train).distance
     features = features_of(network, train)
+    order = torch.randperm(len(train), generator=stream(0, "reference", 0))
     return Reference(
         name,
         network,
         RECIPES[name].levels,
         features_of(network, test),
-        features[:KEPT],
+        features[order[:KEPT]],
         moments(features),
         near.quantile(0.01).item(),
     )
@@ -328,10 +352,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("name", choices=RECIPES, metavar="NAME", help=str([*RECIPES]))
     options.add_argument("out", type=Path, metavar="OUT", help="a folder")
     options.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
-    options.add_argument("--epochs", type=int, metavar="N", help="[the recipe's]")
+    least = "at most so many epochs a cycle, for a trial [the recipe's]"
+    options.add_argument("--epochs", type=int, metavar="N", help=least)
     found = options.parse_args(arguments)
     recipe = RECIPES[found.name]
-    recipe = recipe._replace(epochs=found.epochs or recipe.epochs)
+    if found.epochs is not None:
+        cut = tuple((min(n, found.epochs), peak) for n, peak in recipe.cycles)
+        recipe = recipe._replace(cycles=cut)
     try:
         train, test = images_of(found.name, "train"), images_of(found.name, "test")
         found.out.mkdir(parents=True, exist_ok=True)

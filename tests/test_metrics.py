@@ -240,7 +240,7 @@ def test_kernel_distance_against_torchmetrics():
 def test_kernel_distance_of_equal_laws_is_zero_on_average():
     x = torch.randn(200, 40, 3, generator=torch.Generator().manual_seed(0))
     found = torch.tensor(
-        [metrics.kernel_distance(*both) for both in zip(x[::2], x[1::2])]
+        [metrics.kernel_distance(*both) for both in zip(x[::2], x[1::2], strict=True)]
     )
     assert abs(found.mean()) < 4 * found.std() / 10
     assert found.min() < 0
@@ -266,7 +266,7 @@ def test_library_scores_do_not_touch_the_global_generator():
 
 
 def clouds(which, n, seed):
-    """n points around each of four far-off centres."""
+    """Points, n of them, around each of four far-off centres."""
     generator = torch.Generator().manual_seed(seed)
     centres = 100.0 * torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])[which]
     z = torch.randn(len(which) * n, 2, generator=generator)
