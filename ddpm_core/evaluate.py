@@ -433,7 +433,7 @@ def attempt(action: Callable[[], Any]) -> Any:
     r"""What the action returns; where it cannot be done, a sentence that says why.
 
     >>> attempt(lambda: images_of("mnist", "test"))[:27]
-    "not measured: name must be "
+    'not measured: name must be '
     """
     try:
         return action()

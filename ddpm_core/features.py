@@ -48,7 +48,8 @@ class FeatureNetwork(nn.Module):
 
     Called with images [N, 1, side, side] in [-1, 1] it returns features [N, 64];
     `num_features` is what torchmetrics asks a network for. `head` turns features into
-    logits of ten classes. Raises TypeError or ValueError for other images.
+    logits of ten classes. With `mirror`, features in `eval()` mode are means over an
+    image and its mirror image. Raises TypeError or ValueError for other images.
 
     >>> FeatureNetwork(8)(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 64])
@@ -57,9 +58,14 @@ class FeatureNetwork(nn.Module):
     num_features = 64
     widths = (1, 16, 32, 64, 64)
 
-    def __init__(self, side: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        side: int,
+        mirror: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
-        self.side = checks.integer("side", side, low=4)
+        self.side, self.mirror = checks.integer("side", side, low=4), mirror
         layers: list[nn.Module] = []
         for i, (narrow, wide) in enumerate(pairwise(self.widths)):
             layers.append(nn.Conv2d(narrow, wide, 3, padding=1, bias=False))
@@ -74,6 +80,8 @@ class FeatureNetwork(nn.Module):
         """The features [N, 64] of images [N, 1, side, side]."""
         checks.tensor("x", x, shape=(None, 1, self.side, self.side))
         features: Tensor = self.body(x).mean((2, 3))
+        if self.mirror and not self.training:
+            features = (features + self.body(x.flip(3)).mean((2, 3))) / 2
         return features
 
 
@@ -185,7 +193,8 @@ def learn(images: data.Images, recipe: Recipe, seed: int = 0) -> FeatureNetwork:
     False
     """
     checks.images("images", images.images)
-    network = FeatureNetwork(recipe.side, stream(seed, "weights", 0))
+    start = stream(seed, "weights", 0)
+    network = FeatureNetwork(recipe.side, recipe.mirror, start)
     network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     done = 0
     for epochs, peak in recipe.cycles:
@@ -270,7 +279,7 @@ def load_features(name: str, device: torch.device | str = "cpu") -> FeatureNetwo
     """
     checks.one_of("name", name, RECIPES)
     tensors, metadata = shipped(name)
-    network = FeatureNetwork(int(metadata["side"]))
+    network = FeatureNetwork(int(metadata["side"]), metadata["mirror"] == "True")
     network.load_state_dict(tensors)
     return network.to(device).eval().requires_grad_(False)
 
@@ -311,7 +320,7 @@ def save_features(folder: Path, reference: Reference, card: dict[str, Any]) -> N
     """
     name, network = reference.name, reference.network
     path = folder / f"{name}.safetensors"
-    told = {"side": str(network.side)}
+    told = {"side": str(network.side), "mirror": str(network.mirror)}
     card = {**card, DIGEST: save_tensors(path, network.state_dict(), told)}
     if name != "digits":
         tensors = {
