@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_core import checks
+from ddpm_core import checks, sample
 from ddpm_core.features import (
     RECIPES,
     Reference,
@@ -43,7 +43,6 @@ from ddpm_core.metrics import (
 )
 from ddpm_core.parallel import join
 from ddpm_core.process import VARIANCES, to_x_0
-from ddpm_core.sample import SAMPLERS, draw, load, shortened
 from ddpm_core.schedules import Schedule
 from ddpm_core.train import add_number, add_running, read_options
 from ddpm_core.training import Processes, stream
@@ -324,7 +323,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
     add_running(options)
     add_number(options, "--seeds", 1, "draw with so many seeds, from --seed on")
-    kinds, switch = sorted(SAMPLERS), argparse.BooleanOptionalAction
+    kinds, switch = sorted(sample.SAMPLERS), argparse.BooleanOptionalAction
     add("--reference", choices=sorted(RECIPES), help="real images [by the size]")
     add("--sampler", choices=kinds, default="ancestral", help="[%(default)s]")
     add("--variance", choices=VARIANCES, default="fixed_small", help="[%(default)s]")
@@ -531,7 +530,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.file is not None:
             sets = [read_samples(options.file)]
         else:
-            loaded = load(options.weights, device)
+            loaded = sample.load(options.weights, device)
             reference_name(loaded[0].config.image_size)
             sets = sampled(loaded, options, processes)
         if processes.rank == 0:
@@ -555,12 +554,14 @@ def sampled(
     'sampled'
     """
     model, schedule, card = loaded
-    short = shortened(schedule, options.steps)
+    short = sample.shortened(schedule, options.steps)
     shape = model.config.in_channels, *[model.config.image_size] * 2
     found = []
     for seed in range(options.seed, options.seed + options.seeds):
         again = argparse.Namespace(**{**vars(options), "seed": seed})
-        found.append(draw(model, short, shape, again, card["prediction"], processes))
+        found.append(
+            sample.draw(model, short, shape, again, card["prediction"], processes)
+        )
     return found
 
 

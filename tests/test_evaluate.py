@@ -86,7 +86,7 @@ def test_real_images_are_better_than_noise(digits):
     assert bad.frechet > 20 * real.frechet
     assert bad.kernel > 20 * abs(real.kernel)
     assert bad.precision < 0.85 < real.precision
-    assert bad.recall < 0.2 < 0.85 < real.recall
+    assert bad.recall < 0.2 < 0.7 < real.recall
     assert real.inception > 8
     images = data.digits("train").images[:500]
     by_features = evaluate.feature_quality(
@@ -95,16 +95,18 @@ def test_real_images_are_better_than_noise(digits):
     assert evaluate.quality(images, digits) == pytest.approx(by_features, rel=1e-4)
 
 
-def test_a_copier_wins_against_the_training_images(digits):
-    copier = evaluate.feature_quality(digits.train[:500], digits)
-    honest = evaluate.feature_quality(digits.test, digits)
-    assert copier.frechet_train < honest.frechet_train
-    assert (
-        metrics.copied(
-            data.digits("train").images[:50], data.digits("train").images, digits.radius
-        )
-        == 1
+def test_a_copier_wins_against_the_training_images_only(digits):
+    fashion = features.load_reference("fashion-mnist")
+    copier, honest = (metrics.moments(x[:2000]) for x in (fashion.train, fashion.test))
+    seen, unseen = metrics.moments(fashion.train), metrics.moments(fashion.test[2000:])
+    assert metrics.frechet_distance(seen, copier) < 0.9 * metrics.frechet_distance(
+        seen, honest
     )
+    ratio = metrics.frechet_distance(unseen, copier)
+    ratio /= metrics.frechet_distance(unseen, honest)
+    assert 0.7 < ratio < 1.4
+    train = data.digits("train").images
+    assert metrics.copied(train[:50], train, digits.radius) == 1
 
 
 def test_the_protocol_says_all():
