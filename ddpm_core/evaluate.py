@@ -293,7 +293,7 @@ def published_frechet(
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=feature).to(device)
+    metric = FrechetInceptionDistance(feature=feature, sync_on_compute=False).to(device)
     for images, is_real in ((real, True), (generated, False)):
         for part in torch.split(images, batch):
             metric.update(as_bytes(part).to(device), real=is_real)

@@ -7,7 +7,7 @@
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -536,11 +536,12 @@ def library_scores(
     checks.tensor("generated", generated, shape=(None, real.shape[1]))
     through = Through(real.shape[1])
     size = min(1000, len(real) // 3, len(generated) // 3)
+    alone: Any = {"sync_on_compute": False}  # other processes do not take part
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the memory they take
-        frechet = FrechetInceptionDistance(feature=through)
-        kernel = KernelInceptionDistance(feature=through, subset_size=size)
-        inception = InceptionScore(feature=Through(logits.shape[1]))
+        frechet = FrechetInceptionDistance(feature=through, **alone)
+        kernel = KernelInceptionDistance(feature=through, subset_size=size, **alone)
+        inception = InceptionScore(feature=Through(logits.shape[1]), **alone)
     for metric in (frechet, kernel):
         metric.update(real.double(), real=True)
         metric.update(generated.double(), real=False)
