@@ -224,12 +224,14 @@ ORDER += [
     "metrics",
     "plots",
     "training",
+    "features",
     "parallel",
     "train",
     "sample",
+    "evaluate",
 ]
 # Started from a shell, not imported: a chapter may well call its images `train`.
-COMMANDS = {"train", "sample"}
+COMMANDS = {"train", "sample", "features", "evaluate"}
 
 
 def test_imports_in_the_package_point_one_way():

@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 
 import two_processes as both
 
-from ddpm_core import parallel, sample, train
+from ddpm_core import evaluate, parallel, sample, train
 from ddpm_core.files import load_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train.main([str(folder / "from_one"), *both.OPTIONS])
     assert stop.value.code == 143
     sample.main([*both.SAMPLES, str(folder / "samples.npy")])
+    evaluate.main([*both.MEASURED, str(folder / "measured-0.json")])
     return folder
 
 
@@ -171,6 +172,14 @@ def test_distributed_samples_are_those_of_one_process(one, two):
     a, b = (np.load(folder / "samples.npy") for folder in (one, two))
     assert a.shape == (5, 1, 8, 8)
     assert np.abs(a - b).max() < 1e-5
+
+
+def test_distributed_measurements_are_those_of_one_process(one, two):
+    assert not (two / "measured-1.json").exists()
+    a, b = (json.loads((f / "measured-0.json").read_text()) for f in (one, two))
+    assert a["samples"] == pytest.approx(b["samples"], rel=1e-3, abs=1e-6)
+    assert a["bits"] == pytest.approx(b["bits"], rel=1e-4)
+    assert a["protocol"] == b["protocol"]
 
 
 def test_distributed_launcher_that_starts_one_process_is_found_out(two):

@@ -60,13 +60,15 @@ def test_example_of_the_readme_runs(tmp_path, monkeypatch):
 
 def test_commands_of_the_readme_have_options_that_exist():
     """The lines for a shell, read as the commands read them; nothing is run."""
-    found = re.findall(r"-m ddpm_core\.(train|sample) (.+)", read("README.md"))
-    assert {name for name, _ in found} == {"train", "sample"}
+    found = re.findall(r"-m ddpm_core\.(train|sample|evaluate) (.+)", read("README.md"))
+    assert {name for name, _ in found} == {"train", "sample", "evaluate"}
     for name, words in found:
         module = importlib.import_module(f"ddpm_core.{name}")
         options = read_options(module.parser(), words.split())
         if name == "sample":
             assert (options.weights, options.n) == ("digits", 100)
+        elif name == "evaluate":
+            assert (options.weights, options.n, options.seeds) == ("digits", 500, 3)
         else:
             assert (options.data, options.steps) == ("digits", 6000)
 

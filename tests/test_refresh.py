@@ -87,7 +87,7 @@ def test_digest_follows_modules_and_weights(tmp_path, monkeypatch):
     (package / "weights").mkdir(parents=True)
     for path in refresh.PACKAGE.glob("*.py"):
         (package / path.name).write_bytes(path.read_bytes())
-    for path in (refresh.PACKAGE / "weights").glob("*"):
+    for path in (refresh.PACKAGE / "weights").glob("*.*"):
         (package / "weights" / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(refresh, "PACKAGE", package)
     assert refresh.digest(CHAPTER) == before

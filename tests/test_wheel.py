@@ -21,6 +21,8 @@ with torch.no_grad():
     out = model(torch.zeros(2, 1, 8, 8), torch.tensor([1, schedule.T]))
 assert out.shape == (2, 1, 8, 8) and out.isfinite().all()
 tex("eq-posterior-variance")
+from ddpm_core.features import load_reference
+assert len(load_reference("fashion-mnist").test) == 10_000
 print("loaded", here.name)
 """
 

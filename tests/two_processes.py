@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_core import sample, train
+from ddpm_core import evaluate, sample, train
 from ddpm_core.files import save_tensors
 from ddpm_core.parallel import join
 from ddpm_core.schedules import cosine
@@ -20,6 +20,8 @@ OPTIONS = ["--T", "20", "--batch-size", "8", "--steps", "5", "--warmup", "1"]
 OPTIONS += ["--lr", "1e-3", "--save-every", "2", "--log-every", "1", "--device", "cpu"]
 SAMPLES = ["--weights", "digits", "--n", "5", "--batch", "2", "--steps", "3"]
 SAMPLES += ["--device", "cpu", "--out"]
+MEASURED = ["--weights", "digits", "--samples", "40", "--batch", "8", "--steps", "3"]
+MEASURED += ["--bits", "4", "--strata", "3", "--device", "cpu", "--out"]
 SMALL = UNetConfig(4, 1, 1, 4, (1, 2), 1, (2,), groups=2)
 CONFIG = TrainConfig(steps=8, batch_size=8, seed=3, accumulate=2)
 IMAGES = torch.linspace(-1, 1, 64).reshape(64, 1, 1, 1).expand(64, 1, 4, 4).clone()
@@ -86,6 +88,7 @@ def main(folder: Path) -> None:
     with suppress(SystemExit), stopped_after(3 if me else 99):
         train.main([str(folder / "stopped"), *OPTIONS])
     sample.main([*SAMPLES, str(folder / "samples.npy")])
+    evaluate.main([*MEASURED, str(folder / f"measured-{me}.json")])
 
 
 if __name__ == "__main__":

@@ -61,13 +61,32 @@ def digest(path: Path) -> str:
     sources = [ADDRESS_LINE.sub('repository = ""', c.source) for c in cells]
     python = [re.sub(r"^(\s*)[%!].*$", r"\1pass", s, flags=re.M) for s in sources]
     together = "\n".join(sources)
-    weights = set(re.findall(r'load_pretrained\(\s*"([\w-]+)"', together))
+    loaders = r'load_(pretrained|features|reference)\(\s*"([\w-]+)"'
+    weights = set[str]()
+    for kind, name in re.findall(loaders, together):
+        own = name if kind == "pretrained" else f"features/{name}"
+        weights |= {own, f"{own}-reference"}
     equations = sorted(book.labelled(book.prose(path)))
     parts = [together.encode(), *results.bytes_behind(modules_behind(python), weights)]
     parts += [f"{label}={tex}".encode() for label, tex in equations]
     for name in sorted(set(re.findall(r'read_result\(\s*"([\w-]+)"', together))):
         parts.append((results.FOLDER / f"{name}.json").read_bytes())
     return results.digest(parts)
+    parts = [together.encode()]
+    for name in modules_behind(python):
+        parts.append((PACKAGE / f"{name}.py").read_bytes())
+    for label, tex in sorted(book.labelled(book.prose(path))):
+        parts.append(f"{label}={tex}".encode())
+    called = r'load_(pretrained|features|reference)\(\s*"([\w-]+)"'
+    for kind, name in sorted(set(re.findall(called, together))):
+        own = kind == "pretrained"
+        folder = PACKAGE / "weights" if own else PACKAGE / "weights" / "features"
+        files = folder.glob(f"{name}.*" if own else f"{name}*")
+        parts += [p.read_bytes() for p in sorted(files)]
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()
 
 
 def is_stale(path: Path) -> bool:
