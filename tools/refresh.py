@@ -69,24 +69,9 @@ def digest(path: Path) -> str:
     equations = sorted(book.labelled(book.prose(path)))
     parts = [together.encode(), *results.bytes_behind(modules_behind(python), weights)]
     parts += [f"{label}={tex}".encode() for label, tex in equations]
-    for name in sorted(set(re.findall(r'read_result\(\s*"([\w-]+)"', together))):
-        parts.append((results.FOLDER / f"{name}.json").read_bytes())
-    return results.digest(parts)
-    parts = [together.encode()]
-    for name in modules_behind(python):
-        parts.append((PACKAGE / f"{name}.py").read_bytes())
-    for label, tex in sorted(book.labelled(book.prose(path))):
-        parts.append(f"{label}={tex}".encode())
-    called = r'load_(pretrained|features|reference)\(\s*"([\w-]+)"'
-    for kind, name in sorted(set(re.findall(called, together))):
-        own = kind == "pretrained"
-        folder = PACKAGE / "weights" if own else PACKAGE / "weights" / "features"
-        files = folder.glob(f"{name}.*" if own else f"{name}*")
-        parts += [p.read_bytes() for p in sorted(files)]
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(hashlib.sha256(part).digest())
-    return whole.hexdigest()
+    shown = sorted(set(re.findall(r'read_result\(\s*"([\w-]+)"', together)))
+    stored = [results.FOLDER / f"{name}.json" for name in shown]
+    return results.digest([*parts, *(p.read_bytes() for p in stored if p.exists())])
 
 
 def is_stale(path: Path) -> bool:
