@@ -38,7 +38,7 @@ def write(found: dict[str, Any], **behind: Any) -> dict[str, Any]:
 
 
 def test_there_are_results() -> None:
-    assert "bench" in STORED
+    assert "improved" in STORED
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -75,7 +75,7 @@ def test_a_result_is_old_once_what_it_rests_on_changes(
 
 
 def test_an_unknown_result_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"name must be one of .*'bench'.*; got 'x'"):
+    with pytest.raises(ValueError, match=r"name must be one of .*'improved'.*; got 'x'"):
         read_result("x")
 
 
@@ -83,9 +83,9 @@ def test_a_chapter_is_stale_once_its_result_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(results.FOLDER, tmp_path / "results")
-    chapter = results.ROOT / "book" / "ddpm" / "unet.ipynb"
+    chapter = results.ROOT / "book" / "beyond" / "improved.ipynb"
     before = refresh.digest(chapter)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     assert refresh.digest(chapter) == before
-    (tmp_path / "results" / "bench.json").write_text("{}")
+    (tmp_path / "results" / "improved.json").write_text("{}")
     assert refresh.digest(chapter) != before
