@@ -42,7 +42,7 @@ from ddpm_core.metrics import (
     precision_recall,
 )
 from ddpm_core.parallel import join
-from ddpm_core.process import VARIANCES, to_x_0
+from ddpm_core.process import to_x_0
 from ddpm_core.schedules import Schedule
 from ddpm_core.train import add_number, add_running, read_options
 from ddpm_core.training import Processes, stream
@@ -68,6 +68,7 @@ __all__ = [
     "reference_name",
     "report",
     "sampled",
+    "settled",
     "spread_over",
     "strata",
     "stratified_bits",
@@ -304,8 +305,8 @@ def published_frechet(
 def parser() -> argparse.ArgumentParser:
     r"""The options of `python -m ddpm_core.evaluate`.
 
-    >>> parser().parse_args(["--weights", "digits"]).steps
-    20
+    >>> parser().parse_args(["--weights", "digits"]).n
+    2048
     """
     options = argparse.ArgumentParser(
         prog="python -m ddpm_core.evaluate",
@@ -323,12 +324,9 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE", help="write the results as JSON, too")
     add_running(options)
     add_number(options, "--seeds", 1, "draw with so many seeds, from --seed on")
-    kinds, switch = sorted(sample.SAMPLERS), argparse.BooleanOptionalAction
+    switch = argparse.BooleanOptionalAction
     add("--reference", choices=sorted(RECIPES), help="real images [by the size]")
-    add("--sampler", choices=kinds, default="ancestral", help="[%(default)s]")
-    add("--variance", choices=VARIANCES, default="fixed_small", help="[%(default)s]")
-    add_number(options, "--steps", 20, "evaluations a sample, evenly spread")
-    add("--clip", action=switch, default=True, help="clip the guess of x_0 [yes]")
+    sample.add_sampler(options)
     add_number(options, "--batch", 64, "samples drawn at once by one process")
     add_number(options, "--bits", 256, "held-out images for the bound; 0: none")
     add_number(options, "--strata", 20, "evaluations for each of those images")
@@ -356,6 +354,19 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("bits must be 0, or at least 2 for a standard error; got 1")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise ValueError(f"out: there is no folder {options.out.absolute().parent}")
+
+
+def settled(options: argparse.Namespace) -> argparse.Namespace:
+    r"""Twenty evaluations a sample, and fixed_small's noise, unless told otherwise.
+
+    >>> settled(parser().parse_args(["--weights", "digits"])).evaluations
+    20
+    """
+    if options.steps is None and options.evaluations is None:
+        options.evaluations = 20
+    if options.variance is None and options.sampler == "ancestral":
+        options.variance = "fixed_small"
+    return options
 
 
 # --- book/workshop/command_line.ipynb · command-line-export-evaluate-parts · ...
@@ -417,7 +428,7 @@ def measure_bits(
         return to_x_0(schedule, x_t, t, model(x_t, t), prediction)
 
     found = stratified_bits(
-        fixed_variance(guess, schedule, options.variance, clip=True),
+        fixed_variance(guess, schedule, options.variance or "fixed_small", clip=True),
         schedule,
         chosen.to(schedule.beta.device),
         levels=reference.levels,
@@ -470,7 +481,8 @@ def measured(
     sampler, steps, averaged = f"file {options.file}", None, None
     if loaded is not None:
         model, schedule, card = loaded
-        sampler, steps = f"{options.sampler}, {options.variance}", options.steps
+        own = [f"{k} {v}" for k, v in sample.own_options(options).items()]
+        sampler, steps = ", ".join([options.sampler, *own]), sample.steps_of(options)
         averaged = card.get("training", {}).get("ema_decay") is not None
         arguments = (model, schedule, card["prediction"], reference, options)
         if options.full or options.bits:
@@ -522,7 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Traceback (most recent call last):
     SystemExit: 0
     """
-    options = read_options(parser(), arguments)
+    options = settled(read_options(parser(), arguments))
     try:
         check_options(options)
         processes, device = join(options.device, options.expect_processes)
@@ -554,7 +566,7 @@ def sampled(
     'sampled'
     """
     model, schedule, card = loaded
-    short = sample.shortened(schedule, options.steps)
+    short = sample.shortened(schedule, sample.steps_of(options))
     shape = model.config.in_channels, *[model.config.image_size] * 2
     found = []
     for seed in range(options.seed, options.seed + options.seeds):
