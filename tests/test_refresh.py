@@ -89,7 +89,8 @@ def test_digest_follows_modules_and_weights(tmp_path, monkeypatch):
         (package / path.name).write_bytes(path.read_bytes())
     for path in (refresh.PACKAGE / "weights").glob("*.*"):
         (package / "weights" / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(refresh, "PACKAGE", package)
+    for tool in (refresh, refresh.results):
+        monkeypatch.setattr(tool, "PACKAGE", package)
     assert refresh.digest(CHAPTER) == before
     with (package / "checks.py").open("a") as file:
         file.write("# changed\n")
