@@ -6,41 +6,46 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from measure import seconds, training_step
 from networks import BATCHES, CONFIGS, build, inputs
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm_core.unet import GroupNorm
+from ddpm_core import unet
 
 KINDS = {
     "convolution": ("convolution",),
-    "attention": ("attention",),
+    "attention": ("attention", "bmm", "softmax"),
     "GroupNorm": ("group_norm",),
     "SiLU": ("silu",),
-    "dropout": ("bernoulli", "native_dropout"),
+    "dropout": ("bernoulli", "native_dropout", "random_"),
     "dense layers": ("aten::mm", "addmm"),
-    "copies, sums, joins": (
-        "copy",
-        "aten::add",
-        "cat",
-        "aten::mul",
-        "aten::sum",
-        "div",
-    ),
+    "copies": ("copy",),
+    "sums, joins": ("aten::add", "cat", "aten::mul", "aten::sum", "div"),
 }
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# batch, channels, side, groups: widest maps of the small network and of CIFAR-10's
 SHAPES = ((64, 32, 32, 8), (64, 64, 16, 8), (16, 128, 32, 32), (16, 256, 16, 32))
+PLACES = ((64, 256, 64), (64, 64, 128), (16, 256, 256))  # batch, places, channels
+DOUBLED = ((64, 64, 16), (16, 256, 16))  # batch, channels, side
 
 
-def shares(library: str, config: str, layout: str) -> dict[str, float]:
-    """The share of each kind of operation in one training step, float32."""
+def as_trained(
+    config: str, library: str = "ddpm_core"
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network and a batch, channels last."""
     torch.manual_seed(0)
     model = build(library, CONFIGS[config]).train()
     x, t = inputs(CONFIGS[config], BATCHES[config])
-    if layout == "channels_last":
-        model = model.to(memory_format=torch.channels_last)
-        x = x.to(memory_format=torch.channels_last)
-    step = training_step(model, x, t, "fp32")
+    last = torch.channels_last
+    return model.to(memory_format=last), x.to(memory_format=last), t
+
+
+def shares(library: str, config: str, precision: str) -> dict[str, float]:
+    """The share of each kind of operation in one training step."""
+    model, x, t = as_trained(config, library)
+    step = training_step(model, x, t, precision)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         step()
@@ -51,44 +56,101 @@ def shares(library: str, config: str, layout: str) -> dict[str, float]:
     return {kind: spent[kind] / sum(spent.values()) for kind in (*KINDS, "the rest")}
 
 
-def forward_and_backward(layer: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Seconds of both passes through a layer: the median of some."""
-    y = layer(x)
-    push = torch.randn_like(y)
+def passes(layer: Callable[..., Tensor], *inside: Tensor) -> dict[str, float]:
+    """Seconds of the forward pass, and of both passes: medians."""
+    push = torch.randn_like(layer(*inside))
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(*inside)
 
     def both() -> None:
-        layer(x).backward(push)
+        layer(*inside).backward(push)
 
-    return statistics.median(seconds(both, 11)[2:])
+    taken = {"forward": seconds(forward, 11), "train": seconds(both, 11)}
+    return {name: statistics.median(of[2:]) for name, of in taken.items()}
 
 
-def norms() -> list[dict[str, Any]]:
-    """GroupNorm and SiLU on bf16 maps, three ways, beside a 3x3 convolution."""
+def convolutions(config: str, precision: str) -> dict[str, float]:
+    """Seconds of all convolutions of a network alone: no layer around them can beat it."""
+    model, x, t = as_trained(config)
+    calls: list[tuple[nn.Module, Tensor]] = []
+
+    def remember(layer: nn.Module, inside: tuple[Tensor], _: Tensor) -> None:
+        calls.append((layer, inside[0]))
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [layer.register_forward_hook(remember) for layer in layers]
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):  # so Upsample calls its own
+        model(x, t)
+    for hook in hooks:
+        hook.remove()
+    found = {"forward": 0.0, "train": 0.0}
+    for layer, inside in calls:
+        whole = inside.to(TYPES[precision]).requires_grad_()
+        for mode, taken in passes(layer.to(TYPES[precision]), whole).items():
+            found[mode] += taken
+    return found
+
+
+def map_of(kind: torch.dtype, *shape: int) -> Tensor:
+    """Noise as a feature map, channels last."""
+    x = torch.randn(*shape).to(kind).to(memory_format=torch.channels_last)
+    return x.requires_grad_()
+
+
+def parts(precisions: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Every changed part beside its plain form: seconds of both, by shape and precision."""
     rows = []
-    for batch, channels, side, groups in SHAPES:
-        x = torch.randn(batch, channels, side, side).to(torch.bfloat16)
-        last = x.to(memory_format=torch.channels_last).requires_grad_()
-        first = x.clone().requires_grad_()
-        plain = nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU())
-        wide = nn.Sequential(GroupNorm(groups, channels), nn.SiLU())
-        conv = nn.Conv2d(channels, channels, 3, padding=1).to(torch.bfloat16)
-        conv = conv.to(memory_format=torch.channels_last)
-        taken = {
-            "bf16, contiguous": forward_and_backward(plain.to(torch.bfloat16), first),
-            "bf16, channels last": forward_and_backward(plain, last),
-            "float32 inside": forward_and_backward(wide, last),
-            "convolution": forward_and_backward(conv, last),
-        }
-        rows.append({"shape": list(x.shape), "groups": groups, "seconds": taken})
+    for precision in precisions:
+        kind = TYPES[precision]
+        pairs = [*norms(kind), *attentions(kind), *dropouts(kind), *doublings(kind)]
+        for name, plain, ours, inside in pairs:
+            shape, taken = (
+                list(inside[0].shape),
+                (passes(f, *inside) for f in (plain, ours)),
+            )
+            row = dict(zip(("plain", "ours"), taken, strict=True))
+            rows.append({"part": name, "precision": precision, "shape": shape, **row})
     return rows
 
 
-def layouts(config: str) -> dict[str, float]:
-    """Seconds of a 3x3 convolution of the widest maps in both memory formats."""
-    c = CONFIGS[config]
-    x = torch.randn(BATCHES[config], c.channels, c.image_size, c.image_size)
-    conv = nn.Conv2d(c.channels, c.channels, 3, padding=1)
-    found = {"contiguous": forward_and_backward(conv, x.clone().requires_grad_())}
-    conv = conv.to(memory_format=torch.channels_last)
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
-    return found | {"channels_last": forward_and_backward(conv, x)}
+Pair = tuple[str, Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]
+
+
+def norms(kind: torch.dtype) -> list[Pair]:
+    pairs: list[Pair] = []
+    for batch, channels, side, groups in SHAPES:
+        own, theirs = unet.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
+        plain = nn.Sequential(theirs.to(kind), nn.SiLU())
+        x = map_of(kind, batch, channels, side, side)
+        ours = lambda x, own=own: unet.norm_silu(own, x)  # noqa: E731
+        pairs.append(("GroupNorm and SiLU", plain, ours, (x,)))
+    return pairs
+
+
+def attentions(kind: torch.dtype) -> list[Pair]:
+    fused, pairs = F.scaled_dot_product_attention, list[Pair]()
+    for batch, places, width in PLACES:
+        qkv = torch.randn(3, batch, 1, places, width).to(kind)
+        inside = tuple(x.requires_grad_() for x in qkv)
+        pairs.append(("attention", fused, unet.attend, inside))
+    return pairs
+
+
+def dropouts(kind: torch.dtype) -> list[Pair]:
+    x = [map_of(kind, b, c, s, s) for b, c, s, _ in SHAPES[2:]]
+    return [("dropout", nn.Dropout(0.1), unet.Dropout(0.1), (y,)) for y in x]
+
+
+def doublings(kind: torch.dtype) -> list[Pair]:
+    pairs: list[Pair] = []
+    for batch, channels, side in DOUBLED:
+        ours = unet.Upsample(channels).to(kind).to(memory_format=torch.channels_last)
+        plain = nn.Sequential(nn.UpsamplingNearest2d(scale_factor=2), ours.conv)
+        x = map_of(kind, batch, channels, side, side)
+        pairs.append(("doubling", plain, ours, (x,)))
+    return pairs

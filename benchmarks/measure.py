@@ -16,6 +16,8 @@ import torch
 from networks import BATCHES, CONFIGS, LIBRARIES, at_side, build, inputs
 from torch import Tensor, nn
 
+from ddpm_core.train import keep_memory
+
 
 def seconds(action: Callable[[], object], repeats: int) -> list[float]:
     """How long each of some runs took."""
@@ -75,7 +77,9 @@ def options() -> argparse.ArgumentParser:
     add("--side", type=int, help="of the images; the configuration's own by default")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--layout", choices=("contiguous", "channels_last"), default="channels_last")
-    add("--compile", action="store_true")
+    switch = argparse.BooleanOptionalAction
+    add("--compile", action=switch, default=False)
+    add("--keep", action=switch, default=True, help="freed memory, see keep_memory")
     add("--modes", nargs="+", choices=STEPS, default=list(STEPS))
     add("--warm", type=int, default=1, help="steps before the clock starts")
     add("--repeats", type=int, default=3)
@@ -84,6 +88,8 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     o = options().parse_args(arguments)
+    if o.keep:  # for each library alike: pages that are zeroed anew are noise here
+        keep_memory()
     torch.manual_seed(0)
     config = at_side(CONFIGS[o.config], o.side)
     batch = o.batch or BATCHES[o.config]

@@ -26,6 +26,7 @@ from networks import (
     CONFIGS,
     LIBRARIES,
     assert_same_function,
+    at_side,
     build,
     flops,
     inputs,
@@ -43,9 +44,20 @@ LAYOUTS = ("contiguous", "channels_last")
 MODES = ("train", "forward")
 LIMIT = 300  # seconds that one process may take, compiling included
 SIDES, BATCH_SIZES, STEP_COUNTS = (8, 16, 32, 64), (1, 4, 16, 64), (5, 10, 20, 40)
-# network, mode: our images/s over those of diffusers that we want to reach
-AIMS = {("cifar10", "train"): 1.3, ("cifar10", "forward"): 1.3}
-AIMS |= {("small", "train"): 2.5, ("small", "forward"): 2.5}
+# our figure over a peer's that we want to reach: network, mode, precision, peer
+AIMS: dict[tuple[str, str, str | None, str], float] = {
+    ("cifar10", "train", None, "diffusers"): 1.3,
+    ("cifar10", "forward", None, "diffusers"): 1.3,
+    ("small", "train", None, "diffusers"): 2.5,
+    ("small", "forward", None, "diffusers"): 2.5,
+    ("cifar10", "train", "fp32", "diffusers"): 1.1,
+    ("cifar10", "forward", "fp32", "diffusers"): 1.1,
+    ("small", "train", "fp32", "diffusers"): 1.1,
+    ("small", "forward", "fp32", "diffusers"): 1.1,
+    ("cifar10", "train", None, "denoising-diffusion-pytorch"): 1.3,
+    ("cifar10", "forward", None, "denoising-diffusion-pytorch"): 1.3,
+}
+MINUTES = 25  # that all of it may take on two cores
 
 
 def measure(library: str, config: str, **how: Any) -> dict[str, Any]:
@@ -54,7 +66,7 @@ def measure(library: str, config: str, **how: Any) -> dict[str, Any]:
     command += ["--library", library, "--config", config]
     for key, value in how.items():
         if isinstance(value, bool):
-            command += [f"--{key}"] if value else []
+            command.append(f"--{key}" if value else f"--no-{key}")
         else:
             words = value if isinstance(value, tuple) else (value,)
             command += [f"--{key}", *map(str, words)]
@@ -69,9 +81,9 @@ def measure(library: str, config: str, **how: Any) -> dict[str, Any]:
     return found
 
 
-def convolution_peak(repeats: int = 5) -> dict[str, float]:
-    """The best GFLOP/s of a 3x3 convolution, forward, over some sizes."""
-    best: dict[str, float] = {}
+def convolution_peak(repeats: int = 5) -> dict[str, list[float]]:
+    """GFLOP/s of a 3x3 convolution, forward, of some sizes: medians."""
+    found: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for precision, (channels, side, batch) in itertools.product(
         (torch.float32, torch.bfloat16), ((128, 32, 16), (256, 16, 32), (64, 32, 32))
     ):
@@ -83,31 +95,48 @@ def convolution_peak(repeats: int = 5) -> dict[str, float]:
             taken = seconds(lambda layer=layer, x=x: layer(x), repeats + 2)[2:]
         work = 2 * 9 * channels**2 * side**2 * batch / 1e9
         name = str(precision).removeprefix("torch.")
-        best[name] = max(best.get(name, 0.0), work / statistics.median(taken))
-    return best
+        found[name].append(work / statistics.median(taken))
+    return found
 
 
-def grid(config: str, precisions: Sequence[str], whole: bool) -> list[dict[str, Any]]:
-    """The flags to try: all, but compiling the large network takes minutes a process."""
-    compiled = (False, True) if whole or config == "small" else (False,)
-    names = ("precision", "layout", "compile")
-    combinations = itertools.product(precisions, LAYOUTS, compiled)
-    return [dict(zip(names, values, strict=True)) for values in combinations]
+def eager_flags(precisions: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of precision and memory format."""
+    pairs = itertools.product(precisions, LAYOUTS)
+    return [{"precision": p, "layout": m, "compile": False} for p, m in pairs]
+
+
+def run_once(config: str, rows: list[dict[str, Any]]) -> None:
+    """Measure every row once more, one after the other."""
+    for row in rows:
+        found = measure(row["library"], config, warm=0, repeats=2, **row["flags"])
+        row["runs"].append(found)
 
 
 def race(
-    config: str, flags: Sequence[dict[str, Any]], rounds: int
+    config: str, precisions: Sequence[str], rounds: int, compiled: bool
 ) -> list[dict[str, Any]]:
-    """Every library with all flags, by turns, in each of some rounds."""
+    """Every library at all flags once, then at its best ones by turns.
+
+    Best are the fastest memory format of each precision, and, if `compiled`, the
+    fastest of all with `torch.compile` too.
+    """
     rows = [
         {"library": library, "flags": f, "runs": []}
-        for f, library in itertools.product(flags, LIBRARIES)
+        for f, library in itertools.product(eager_flags(precisions), LIBRARIES)
     ]
-    for number in range(rounds):
-        for row in rows:
-            found = measure(row["library"], config, warm=0, repeats=2, **row["flags"])
-            row["runs"].append(found)
-        print(f"{config}: round {number + 1} of {rounds}", flush=True)
+    run_once(config, rows)
+    kept = []
+    for library in LIBRARIES:
+        best = [fastest(rows, library, "train", p) for p in precisions]
+        kept += best
+        if compiled:
+            flags = fastest(best, library, "train")["flags"] | {"compile": True}
+            kept.append({"library": library, "flags": flags, "runs": []})
+    run_once(config, [row for row in kept if not row["runs"]])
+    rows += [row for row in kept if row["flags"]["compile"]]
+    for number in range(2, rounds + 1):
+        run_once(config, kept)
+        print(f"{config}: round {number} of {rounds}", flush=True)
     return rows
 
 
@@ -117,10 +146,18 @@ def median(row: dict[str, Any], mode: str, what: str = "images_per_second") -> f
     return statistics.median(figures) if figures else 0.0
 
 
-def fastest(rows: list[dict[str, Any]], library: str, mode: str) -> dict[str, Any]:
-    """A library's row at its best flags."""
-    own = [row for row in rows if row["library"] == library]
-    return max(own, key=lambda row: median(row, mode))
+def fastest(
+    rows: list[dict[str, Any]], library: str, mode: str, precision: str | None = None
+) -> dict[str, Any]:
+    """A library's row at its best flags, among those that were measured most often."""
+    own = [
+        row
+        for row in rows
+        if row["library"] == library and precision in (None, row["flags"]["precision"])
+    ]
+    most = max(len(row["runs"]) for row in own)
+    often = [row for row in own if len(row["runs"]) == most]
+    return max(often, key=lambda row: median(row, mode))
 
 
 def sampler_overhead(rounds: int = 3, steps: int = 6) -> dict[str, float]:
@@ -171,76 +208,133 @@ def run(configs: list[str], rounds: int, whole: bool) -> dict[str, Any]:
     }
     peak = found["convolution_peak"] = convolution_peak()
     print(f"GFLOP/s of a convolution: {peak}", flush=True)
-    bf16 = whole or peak["bfloat16"] > peak["float32"]
+    bf16 = whole or max(peak["bfloat16"]) > max(peak["float32"])
     precisions = ("fp32", "bf16") if bf16 else ("fp32",)
+    found["convolutions"] = {
+        config: {p: blocks.convolutions(config, p) for p in precisions}
+        for config in configs
+    }
     for config in configs:
-        flags = grid(config, precisions, whole)
-        found["races"][config] = race(config, flags, rounds)
+        compiled = whole or config == "small"  # minutes a process for the large one
+        found["races"][config] = race(config, precisions, rounds, compiled)
         print(table(found), flush=True)
-    best = fastest(found["races"]["small"], "ddpm_core", "forward")["flags"]
-    forward = {**best, "modes": ("forward",)}
-    found["sides"] = {
-        s: measure("ddpm_core", "small", side=s, **forward) for s in SIDES
-    }
-    found["batches"] = {
-        b: measure("ddpm_core", "small", batch=b, **forward) for b in BATCH_SIZES
-    }
+    found |= curves(fastest(found["races"]["small"], "ddpm_core", "forward")["flags"])
     found["profile"] = {
-        f"{library} {config}": blocks.shares(library, config, "channels_last")
+        f"{library} {config} {precision}": blocks.shares(library, config, precision)
         for library, config in itertools.product(LIBRARIES[:2], configs)
+        for precision in precisions
     }
-    found["norms"] = blocks.norms()
-    found["layouts"] = {config: blocks.layouts(config) for config in configs}
+    found["parts"] = blocks.parts(precisions)
+    found["memory_kept"] = memory_kept(configs, precisions[-1], rounds)
     found["steps"] = cost_of_steps()
     found["sampler_overhead"] = sampler_overhead()
     return found
 
 
+def memory_kept(configs: list[str], precision: str, rounds: int) -> dict[str, Any]:
+    """Our training step with and without `keep_memory`, by turns."""
+    how = {"precision": precision, "modes": ("train",), "warm": 0, "repeats": 2}
+    runs = {f"{c} {k}": list[Any]() for c in configs for k in (True, False)}
+    for _, config, keep in itertools.product(range(rounds), configs, (True, False)):
+        runs[f"{config} {keep}"].append(measure("ddpm_core", config, keep=keep, **how))
+    return runs
+
+
+def curves(flags: dict[str, Any]) -> dict[str, Any]:
+    """Our small network's forward pass against the side of the images and the batch."""
+    config, forward = CONFIGS["small"], {**flags, "modes": ("forward",)}
+    sides = {s: measure("ddpm_core", "small", side=s, **forward) for s in SIDES}
+    batches = {
+        b: measure("ddpm_core", "small", batch=b, **forward) for b in BATCH_SIZES
+    }
+    work = {s: flops("ddpm_core", at_side(config, s))[0] for s in SIDES}
+    return {"sides": sides, "batches": batches, "flops_of_sides": work}
+
+
 def table(found: dict[str, Any]) -> str:
     """The races as Markdown: images/s, useful GFLOP/s, memory, and the ratio to ours."""
     lines = [
-        "| network | library | flags | mode | images/s | GFLOP/s | MiB | ours/it |"
+        "| network | library | flags | mode | images/s | GFLOP/s | of the peak "
+        "| MiB | first step, s | ours/it |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for (config, rows), mode in itertools.product(found["races"].items(), MODES):
         ours = median(fastest(rows, "ddpm_core", mode), mode)
         for library in LIBRARIES:
             row = fastest(rows, library, mode)
-            here, peak = median(row, mode), median(row, mode, "peak_mib")
+            here, first = (
+                median(row, mode, w) for w in ("images_per_second", "first_step")
+            )
             work = found["flops"][f"{library} {config}"][mode == "train"] / 1e9
             flags = f"{row['flags']['precision']}, {row['flags']['layout']}"
             flags += ", compiled" if row["flags"]["compile"] else ""
+            peak = f"{median(row, mode, 'peak_mib'):.0f}" if mode == "train" else ""
             lines.append(
                 f"| {config} | {library} | {flags} | {mode} | {here:.1f} | "
-                f"{here * work:.0f} | {peak:.0f} | {ours / here:.2f} |"
+                f"{here * work:.0f} | {here * work / best_peak(found, row):.0%} | {peak} "
+                f"| {first:.1f} | {ours / here:.2f} |"
             )
     return "\n".join(lines)
+
+
+def best_peak(found: dict[str, Any], row: dict[str, Any]) -> float:
+    """GFLOP/s of the fastest convolution in the precision of a row."""
+    kinds = {"fp32": "float32", "bf16": "bfloat16"}
+    best: float = max(found["convolution_peak"][kinds[row["flags"]["precision"]]])
+    return best
+
+
+def rate(
+    found: dict[str, Any], library: str, config: str, mode: str, p: str | None
+) -> float:
+    """Useful GFLOP/s of a library at its best flags, of one precision if it is given."""
+    row = fastest(found["races"][config], library, mode, p)
+    return (
+        median(row, mode) * found["flops"][f"{library} {config}"][mode == "train"] / 1e9
+    )
 
 
 def marks(found: dict[str, Any]) -> list[str]:
     """Which aims are reached."""
     lines = []
-    for (config, rows), mode in itertools.product(found["races"].items(), MODES):
-        ours, theirs = (
-            median(fastest(rows, library, mode), mode)
-            for library in ("ddpm_core", "diffusers")
+    for (config, mode, precision, peer), aim in AIMS.items():
+        if config not in found["races"]:
+            continue
+        ratio = rate(found, "ddpm_core", config, mode, precision) / rate(
+            found, peer, config, mode, precision
         )
-        ratio, aim = ours / theirs, AIMS[config, mode]
-        verdict = "reached" if ratio >= aim else "not reached"
-        lines.append(f"{config} {mode}: {ratio:.2f} of diffusers, aim {aim}: {verdict}")
+        words = f"{config} {mode}{f' in {precision}' if precision else ''}"
+        lines.append(
+            verdict(f"{words}: {ratio:.2f} of {peer}, aim {aim}", ratio >= aim)
+        )
+    for config, rows in found["races"].items():
+        ours, theirs = (
+            median(fastest(rows, library, "train"), "train", "peak_mib")
+            for library in LIBRARIES[:2]
+        )
+        words = f"{config} memory: {ours:.0f} MiB, diffusers {theirs:.0f}"
+        lines.append(verdict(words, ours <= theirs))
     return lines
+
+
+def verdict(words: str, reached: bool) -> str:
+    return f"{words}: {'reached' if reached else 'not reached'}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small network, no file")
-    words = "also compile the large network, and bf16 where it has no hardware: hours"
+    words = "compile the large network too, and bf16 without hardware for it: hours"
     parser.add_argument("--whole", action="store_true", help=words)
     parser.add_argument("--rounds", type=int, default=3)
     o = parser.parse_args()
     start = time.perf_counter()
     found = run(["small"] if o.quick else list(CONFIGS), o.rounds, o.whole)
-    print(table(found), *marks(found), sep="\n")
+    found["marks"] = marks(found)
+    minutes = (time.perf_counter() - start) / 60
+    within = verdict(f"{minutes:.0f} minutes, at most {MINUTES}", minutes <= MINUTES)
+    found["marks"].append(within)
+    print(table(found), *found["marks"], sep="\n")
     if not o.quick:
         behind = ("unet", "samplers", "process", "schedules")
         peers = ("diffusers", "denoising-diffusion-pytorch")

@@ -4,8 +4,10 @@
 """
 
 import argparse
+import ctypes
 import errno
 import json
+import platform
 import signal
 import sys
 import threading
@@ -42,6 +44,8 @@ from ddpm_core.unet import UNET_CONFIGS, UNet
 __all__ = [
     "CHECKPOINT",
     "DATA",
+    "M_MMAP_MAX",
+    "M_TRIM_THRESHOLD",
     "Log",
     "add_model",
     "add_number",
@@ -52,6 +56,7 @@ __all__ = [
     "facts",
     "file_words",
     "finish",
+    "keep_memory",
     "known_names",
     "lines_up_to",
     "main",
@@ -442,7 +447,27 @@ def tell(trainer: Trainer, text: str) -> None:
         print(text, flush=True)
 
 
-# --- book/workshop/command_line.ipynb · command-line-export-main · When something...
+# --- book/workshop/command_line.ipynb · command-line-export-memory · Memory that is...
+M_TRIM_THRESHOLD = -1  # names and numbers of glibc's malloc.h
+M_MMAP_MAX = -4
+
+
+def keep_memory() -> bool:
+    r"""Let this process keep the memory that it frees; False where that is not known.
+
+    For training on a CPU under glibc: never trim, never take a piece of its own from
+    the system.
+
+    >>> isinstance(keep_memory(), bool)
+    True
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0))
+
+
+# --- book/workshop/command_line.ipynb · command-line-export-main · Memory that is kept
 def build(options: argparse.Namespace) -> Trainer:
     r"""The trainer that the options describe, where its checkpoint left off.
 
@@ -486,6 +511,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is None:
         parser().error("the folder OUT is missing")
     try:
+        keep_memory()
         trainer = build(options)
         options.out.mkdir(parents=True, exist_ok=True)
         count = trainer.processes.count

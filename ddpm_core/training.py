@@ -33,6 +33,7 @@ from ddpm_core.switching import mode
 __all__ = [
     "DECAYS",
     "PRECISIONS",
+    "SMALL",
     "Draws",
     "Processes",
     "Progress",
@@ -195,19 +196,26 @@ def draws(
 
 
 # --- book/ddpm/training.ipynb · training-export-precision · The trainer
-def choose_precision(device: torch.device | str) -> str:
+SMALL = 1_000_000  # with fewer weights than this, bf16 gains nothing on a CPU
+
+
+def choose_precision(device: torch.device | str, weights: int = 0) -> str:
     r"""The arithmetic of the forward pass: a rule, not a measurement.
 
     "bf16" on CUDA where the GPU has it in hardware (compute capability 8.0), "fp16"
-    with loss scaling on older ones, "fp32" everywhere else.
+    with loss scaling on older ones. On a CPU "bf16" if it multiplies matrices of it
+    (AMX) and the network has a million weights. "fp32" everywhere else.
 
-    >>> choose_precision("cpu")
+    >>> choose_precision("cpu", weights=176_849)
     'fp32'
     """
-    if torch.device(device).type != "cuda":
-        return "fp32"
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp16"
+    kind = torch.device(device).type
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp16"
+    ask = getattr(torch.cpu, "get_capabilities", None)  # new in PyTorch 2.11
+    amx = kind == "cpu" and ask is not None and ask().get("amx_bf16", False)
+    return "bf16" if amx and weights >= SMALL else "fp32"
 
 
 class Processes:
@@ -304,7 +312,8 @@ class Trainer:
         self.processes = processes or Processes()
         check_shares(config, self.processes.count)
         self.device = torch.device(device)
-        self.precision = config.precision or choose_precision(self.device)
+        weights = sum(p.numel() for p in model.parameters())
+        chosen = config.precision or choose_precision(self.device, weights)
         # channels last: the same numbers, in the order that convolutions run fastest
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
@@ -315,9 +324,13 @@ class Trainer:
         self.ema = EMA(model, ema_decay(config.steps) if decay is None else decay)
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=fused)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.precision == "fp16"
-        )
+        self.compute_in(chosen)
+
+    def compute_in(self, precision: str) -> None:
+        """Set the arithmetic of the forward pass; float16 scales the loss."""
+        self.precision = checks.one_of("precision", precision, PRECISIONS)
+        scales = precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
 
     def steps(self) -> Iterator[Progress]:
         """Train up to `config.steps`, yielding after each step; may be broken off."""
@@ -473,9 +486,9 @@ def save_checkpoint(path: str | Path, trainer: Trainer) -> None:
 def load_checkpoint(path: str | Path, trainer: Trainer) -> None:
     r"""Put a trainer where another one was when it wrote `path`: bit for bit.
 
-    The trainer must have been built with the same config, schedule, data and precision.
-    Raises FileNotFoundError; ValueError if the file is damaged or of another run. Then
-    the trainer is as before.
+    The trainer must have been built with the same config, schedule and data; where its
+    config leaves the precision open, that of the file is kept. Raises FileNotFoundError;
+    ValueError if the file is damaged or of another run, and then changes nothing.
 
     >>> load_checkpoint("no/such/file", None)
     Traceback (most recent call last):
@@ -498,6 +511,7 @@ def load_checkpoint(path: str | Path, trainer: Trainer) -> None:
         state.setdefault(int(place), {})[key] = laid_out.detach()
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    trainer.compute_in(facts["precision"])
     trainer.scaler.load_state_dict(facts["scaler"])
     trainer.step = facts["step"]
 
@@ -518,7 +532,8 @@ def check_checkpoint(
     here = checkpoint_facts(trainer)
     if facts.keys() != here.keys():
         raise ValueError(f"{path} holds the facts {[*facts]}; needed are {[*here]}")
-    for name in ("config", "precision", "schedule", "images"):
+    checks.one_of(f"the precision in {path}", facts["precision"], PRECISIONS)
+    for name in ("config", "schedule", "images"):
         if facts[name] != here[name]:
             raise ValueError(
                 f"{path} is of another run: its {name} is {facts[name]}, "

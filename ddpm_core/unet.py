@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +17,27 @@ from ddpm_core import checks
 __all__ = [
     "CLOSING",
     "EPS",
+    "FEW_PLACES",
     "UNET_CONFIGS",
     "Downsample",
+    "Dropout",
     "GroupNorm",
+    "LeanNormSiLU",
     "ResidualBlock",
     "SelfAttention",
     "Stage",
     "UNet",
     "UNetConfig",
     "Upsample",
+    "attend",
     "check_channels",
     "check_numbers",
     "check_sides",
     "contracting_path",
     "expanding_path",
     "initialise",
+    "norm_silu",
+    "sent_kernel",
     "skip_widths",
     "timestep_embedding",
 ]
@@ -104,7 +111,52 @@ class GroupNorm(nn.GroupNorm):
         return y.to(x.dtype)
 
 
+def norm_silu(norm: GroupNorm, x: Tensor) -> Tensor:
+    r"""SiLU of GroupNorm, `eq-unet-silu` of `eq-unet-group-norm`. x: [B, C, H, W].
+
+    On a CPU, 16-bit maps that need a gradient take `LeanNormSiLU`: the same numbers,
+    with less kept for the gradient.
+
+    >>> norm_silu(GroupNorm(2, 4), torch.zeros(1, 4, 2, 2)).abs().max().item()
+    0.0
+    """
+    sixteen = x.dtype in (torch.bfloat16, torch.float16)
+    if sixteen and x.device.type == "cpu" and torch.is_grad_enabled():
+        y: Tensor = LeanNormSiLU.apply(x, norm.weight, norm.bias, norm)
+        return y
+    return F.silu(norm(x))
+
+
 # --- book/ddpm/unet.ipynb · unet-export-residual-block · The block
+class Dropout(nn.Module):
+    r"""In training, each number is 0 with probability p, else scaled by 1 / (1 - p).
+
+    Srivastava et al. (2014). On a CPU each number takes 16 random bits, so that p is a
+    multiple of 2^-16; `F.dropout` elsewhere. Draws from torch's global generator.
+
+    >>> layer, x = Dropout(0.5), torch.ones(2, 3)
+    >>> set(layer(x).flatten().tolist()) <= {0.0, 2.0}, torch.equal(layer.eval()(x), x)
+    (True, True)
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = checks.number("p", p, low=0.0, high=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map with some numbers dropped; outside of training, the map itself."""
+        dropped = round(self.p * 2**16)
+        if x.device.type != "cpu" or dropped == 2**16 or torch.compiler.is_compiling():
+            return F.dropout(x, self.p, self.training)
+        if not self.training or dropped == 0:
+            return x
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64)  # four numbers each
+        lanes = words.random_(-(2**63), None).view(torch.int16)
+        lanes = lanes.as_strided(x.shape, torch.empty_like(x).stride())
+        keep = (lanes >= dropped - 2**15).to(x.dtype)
+        return x * (keep * (2**16 / (2**16 - dropped)))
+
+
 class ResidualBlock(nn.Module):
     r"""GroupNorm, SiLU, conv; + time; GroupNorm, SiLU, dropout, conv; + shortcut.
 
@@ -130,7 +182,7 @@ class ResidualBlock(nn.Module):
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_channels, out_channels)
         self.norm_2 = GroupNorm(groups, out_channels, eps=EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
@@ -139,14 +191,33 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The block's output, as wide as out_channels."""
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = self.conv_1(norm_silu(self.norm_1, x))
         h = h + self.time(F.silu(embedding))[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        h = self.conv_2(self.dropout(norm_silu(self.norm_2, h)))
         y: Tensor = self.shortcut(x) + h
         return y
 
 
 # --- book/ddpm/unet.ipynb · unet-export-attention · Why divide by $\sqrt d$?
+FEW_PLACES = 1024  # up to so many, a CPU is faster with the weights stored
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    r"""What each place gathers, `eq-unet-attention` (Vaswani et al. 2017, equation 1).
+
+    Fused, or, where a CPU needs the gradient for few places, step by step: the same
+    numbers. q, k, v: [B, heads, N, d]; returns [B, heads, N, d].
+
+    >>> attend(*torch.zeros(3, 1, 2, 4, 8)).shape
+    torch.Size([1, 2, 4, 8])
+    """
+    trains = q.device.type == "cpu" and q.requires_grad
+    if trains and q.shape[-2] <= FEW_PLACES:
+        score = (q / math.sqrt(q.shape[-1])) @ k.mT
+        return score.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class SelfAttention(nn.Module):
     r"""Every place of a feature map looks at every place: x + out(attention(norm(x))).
 
@@ -180,7 +251,7 @@ class SelfAttention(nn.Module):
         q = self.split(self.query(tokens))
         k = self.split(self.key(tokens))
         v = self.split(self.value(tokens))
-        gathered = F.scaled_dot_product_attention(q, k, v)
+        gathered = attend(q, k, v)
         y: Tensor = self.out(gathered.transpose(1, 2).flatten(2))
         return x + y.transpose(1, 2).reshape(x.shape)
 
@@ -207,10 +278,27 @@ class Downsample(nn.Module):
         return y
 
 
+def sent_kernel(weight: Tensor) -> Tensor:
+    r"""The 4x4 kernel that sends a pixel where repeating and convolving bring it.
+
+    `eq-unet-up-even` and `eq-unet-up-odd`, along both axes. `weight`: [out, in, 3, 3],
+    of a convolution behind a doubling; returns [in, out, 4, 4], for
+    `F.conv_transpose2d` of stride 2.
+
+    >>> sent_kernel(torch.ones(1, 1, 3, 3))[0, 0, 0].tolist()
+    [1.0, 2.0, 2.0, 1.0]
+    """
+    kernel = F.pad(weight, (1, 1, 1, 1)).flip(2, 3)
+    kernel = kernel[..., 1:, :] + kernel[..., :-1, :]
+    kernel = kernel[..., 1:] + kernel[..., :-1]
+    return kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
 class Upsample(nn.Module):
     r"""Double the side: repeat every pixel 2x2 times, then a 3x3 convolution.
 
-    Nearest neighbour first, as in Ho et al. 2020's code. `x`: [B, channels, H, W].
+    Nearest neighbour first, as in Ho et al. 2020's code; in float32 on a CPU both at
+    once, by `sent_kernel`. `x`: [B, channels, H, W].
 
     >>> Upsample(8)(torch.zeros(2, 8, 3, 2)).shape
     torch.Size([2, 8, 6, 4])
@@ -223,6 +311,10 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The map at twice the side."""
+        wide = x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
+        if x.device.type == "cpu" and wide:
+            kernel = sent_kernel(self.conv.weight)
+            return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
         y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return y
 
@@ -484,7 +576,7 @@ class UNet(nn.Module):
         skips = self.contract(x, embedding)
         h = self.middle_2(self.middle_1(skips[-1], embedding), embedding)
         h = self.expand(h, skips, embedding)
-        y: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        y: Tensor = self.conv_out(norm_silu(self.norm_out, h))
         return F.pixel_shuffle(y, self.config.patch) if self.config.patch > 1 else y
 
 
@@ -529,3 +621,46 @@ UNET_CONFIGS = {
         channel_mult=(1, 1, 2, 2, 4, 4),
     ),
 }
+
+
+# --- book/ddpm/unet.ipynb · unet-export-lean · A new network at work
+class LeanNormSiLU(torch.autograd.Function):
+    r"""`norm_silu` of 16-bit maps: keeps only x for the gradient, computes the rest anew.
+
+    `apply(x, weight, bias, norm)`, with the norm's own weight and bias. Inside, all is
+    float32 (`eq-unet-group-norm`). It cannot be differentiated twice.
+
+    >>> x = torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
+    >>> norm = GroupNorm(2, 4)
+    >>> LeanNormSiLU.apply(x, norm.weight, norm.bias, norm).dtype
+    torch.bfloat16
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: GroupNorm
+    ) -> Tensor:
+        sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), norm.num_groups)
+        weight, bias = weight.float(), bias.float()
+        y, mean, rstd = torch.native_group_norm(
+            x.float(), weight, bias, *sizes, norm.eps
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.sizes, ctx.kind = sizes, norm.weight.dtype
+        return F.silu(y, inplace=True).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, push: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        each = x.shape[1] // rstd.shape[1]
+        scale = weight * rstd.repeat_interleave(each, 1)
+        shift = bias - scale * mean.repeat_interleave(each, 1)
+        wide = x.float()
+        y = torch.addcmul(shift[:, :, None, None], wide, scale[:, :, None, None])
+        push = torch.ops.aten.silu_backward(push.float(), y)
+        to_x, *others = torch.ops.aten.native_group_norm_backward(
+            push, wide, mean, rstd, weight, *ctx.sizes, [True, True, True]
+        )
+        to_weight, to_bias = (g.to(ctx.kind) for g in others)
+        return to_x.to(x.dtype), to_weight, to_bias, None

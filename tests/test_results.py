@@ -75,7 +75,9 @@ def test_a_result_is_old_once_what_it_rests_on_changes(
 
 
 def test_an_unknown_result_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"name must be one of .*'improved'.*; got 'x'"):
+    with pytest.raises(
+        ValueError, match=r"name must be one of .*'improved'.*; got 'x'"
+    ):
         read_result("x")
 
 

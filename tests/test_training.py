@@ -359,8 +359,18 @@ def test_modes_come_back_after_an_exception():
 
 
 def test_precision_follows_the_device(monkeypatch):
-    assert training.choose_precision("cpu") == "fp32"
-    assert training.choose_precision("mps") == "fp32"
+    for amx in (True, False):
+        able = {"amx_bf16": amx}
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda a=able: a, raising=False
+        )
+        large = training.choose_precision("cpu", weights=10**6)
+        assert large == ("bf16" if amx else "fp32")
+        assert training.choose_precision("cpu", weights=10**6 - 1) == "fp32"
+        assert training.choose_precision("cpu") == "fp32"
+        assert training.choose_precision("mps", weights=10**7) == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert training.choose_precision("cpu", weights=10**7) == "fp32"
     asked = []
 
     def supported(including_emulation=True):
@@ -393,6 +403,24 @@ def test_low_precision_trains_on_a_cpu_and_keeps_float32_weights(precision, tmp_
     training.load_checkpoint(tmp_path / "c", third)
     assert third.scaler.state_dict() == again.scaler.state_dict()
     assert same(whole, finish(third))
+
+
+def test_a_precision_that_was_chosen_is_kept_on_resume(tmp_path, monkeypatch):
+    choice = ["bf16"]
+    monkeypatch.setattr(training, "choose_precision", lambda *_: choice[0])
+    whole = finish(trainer(CONFIG))
+    run = trainer(CONFIG)
+    next(run.steps())
+    training.save_checkpoint(tmp_path / "c", run)
+    choice[0] = "fp16"  # another machine
+    other = trainer(CONFIG)
+    training.load_checkpoint(tmp_path / "c", other)
+    assert other.precision == "bf16"
+    assert not other.scaler.is_enabled()
+    assert same(whole, finish(other))
+    asked = trainer(replace(CONFIG, precision="fp32"))
+    with pytest.raises(ValueError, match="config"):
+        training.load_checkpoint(tmp_path / "c", asked)
 
 
 def test_losses_run_backward_on_the_meta_device():

@@ -15,18 +15,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ddpm_core import unet
 from ddpm_core.interchange import our_name
 from ddpm_core.unet import (
     UNET_CONFIGS,
     Downsample,
+    Dropout,
     GroupNorm,
+    LeanNormSiLU,
     ResidualBlock,
     SelfAttention,
     UNet,
     UNetConfig,
     Upsample,
+    attend,
     contracting_path,
     expanding_path,
+    norm_silu,
     skip_widths,
     timestep_embedding,
 )
@@ -325,6 +330,146 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(block(x, e), block(x, e))
 
 
+@given(
+    p=st.floats(0, 1),
+    shape=st.tuples(*[st.integers(1, 5)] * 4),
+    kind=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    last=st.booleans(),
+)
+def test_dropout_keeps_or_drops_and_scales(
+    p: float, shape: tuple[int, ...], kind: torch.dtype, last: bool
+) -> None:
+    form = torch.channels_last if last else torch.contiguous_format
+    x = torch.rand(shape).to(kind).add(1).to(memory_format=form).requires_grad_()
+    torch.manual_seed(0)
+    y = Dropout(p)(x)
+    assert y.dtype == kind
+    assert y.is_contiguous(memory_format=form)
+    kept = y != 0
+    dropped = round(p * 2**16) / 2**16
+    if dropped < 1:
+        scale = torch.tensor(1 / (1 - dropped), dtype=kind)
+        assert torch.equal(y[kept], (x * scale)[kept])
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient != 0, kept)
+    torch.manual_seed(0)
+    assert torch.equal(Dropout(p)(x), y)
+    assert Dropout(p).eval()(x) is x or torch.equal(Dropout(p).eval()(x), x)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_each_place_alone_with_probability_p(p: float) -> None:
+    torch.manual_seed(1)
+    n, drops = 400, []
+    for _ in range(n):
+        drops.append(Dropout(p)(torch.ones(1, 3, 5, 7)).flatten() == 0)
+    seen = torch.stack(drops).double()
+    each = (p * (1 - p) / n) ** 0.5
+    assert (seen.mean(0) - p).abs().max() < 4.5 * each  # 105 places
+    assert abs(seen.mean() - p) < 4 * each / 105**0.5
+    pairs = torch.corrcoef(seen.T) - torch.eye(105)
+    assert pairs.abs().max() < 5.5 / n**0.5  # 5,460 pairs
+    with pytest.raises(ValueError, match=r"p must be a finite number.*got 1\.5"):
+        Dropout(1.5)
+
+
+@pytest.mark.parametrize("places", [3, 64])
+def test_attention_step_by_step_is_the_fused_one(
+    places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = generator()
+    qkv = [torch.randn(2, 3, places, 8, generator=g).double() for _ in range(3)]
+    push = torch.randn(2, 3, places, 8, generator=g).double()
+    calls: list[str] = []
+    fused = F.scaled_dot_product_attention
+
+    def count(*qkv: Tensor) -> Tensor:
+        calls.append("fused")
+        return fused(*qkv)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", count)
+    found = []
+    for few in (places, places - 1):
+        monkeypatch.setattr(unet, "FEW_PLACES", few)
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        y = attend(*leaves)
+        found.append([y, *torch.autograd.grad(y, leaves, push)])
+    assert calls == ["fused"]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    attend(*qkv)  # no gradient
+    assert calls == ["fused"] * 2
+
+
+@given(
+    batch=st.integers(1, 3),
+    each=st.integers(1, 4),
+    groups=st.integers(1, 3),
+    height=st.integers(1, 5),
+    width=st.integers(2, 5),
+    last=st.booleans(),
+)
+def test_the_lean_norm_and_its_gradient_are_those_of_pytorch(
+    batch: int, each: int, groups: int, height: int, width: int, last: bool
+) -> None:
+    g = generator()
+    norm = GroupNorm(groups, groups * each, eps=1e-6)
+    randomise(norm)
+    x = torch.randn(batch, groups * each, height, width, generator=g)
+    form = torch.channels_last if last else torch.contiguous_format
+    x = x.to(memory_format=form).requires_grad_()
+    push = torch.randn(x.shape, generator=g)
+    inputs = (x, norm.weight, norm.bias)
+    lean = LeanNormSiLU.apply(*inputs, norm)
+    plain = F.silu(norm(x))
+    torch.testing.assert_close(lean, plain, atol=1e-5, rtol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(lean, inputs, push),
+        torch.autograd.grad(plain, inputs, push),
+        strict=True,
+    ):
+        size = float(other.abs().max()) + 1
+        torch.testing.assert_close(one, other, atol=2e-5 * size, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_keep_only_the_map_for_the_gradient(kind: torch.dtype) -> None:
+    norm = GroupNorm(4, 16)
+    x = torch.randn(2, 16, 8, 8, generator=generator()).to(kind).requires_grad_()
+    kept: list[Tensor] = []
+
+    def remember(y: Tensor) -> Tensor:
+        kept.append(y)
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda y: y):
+        y = norm_silu(norm, x)
+    assert sum(t.nbytes for t in kept) < x.nbytes + 1000
+    expected = F.silu(F.group_norm(x.detach().double(), 4)).to(kind)
+    torch.testing.assert_close(y.detach(), expected, atol=1e-2, rtol=1e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(norm_silu(norm, x), y, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_bf16_step_is_near_a_float32_step(low: bool) -> None:
+    model = UNet(replace(TINY, dropout=0.0))
+    randomise(model)
+    x = torch.randn(4, 2, 8, 8, generator=generator())
+    t = torch.tensor([1, 5, 50, 900])
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        model(x, t).float().square().mean().backward()
+    plain = UNet(TINY).double()
+    randomise(plain)
+    plain.load_state_dict(model.state_dict())
+    plain(x.double(), t).square().mean().backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    wrong = [(p.grad.double() - q.grad).norm() for p, q in pairs]  # type: ignore[union-attr]
+    whole = [q.grad.norm() for q in plain.parameters()]  # type: ignore[union-attr]
+    error = torch.stack(wrong).norm() / torch.stack(whole).norm()
+    assert error < (0.05 if low else 1e-5)
+
+
 def test_downsample_pads_right_and_bottom() -> None:
     layer = Downsample(1)
     nn.init.ones_(layer.conv.weight)
@@ -342,6 +487,14 @@ def test_upsample_repeats_then_convolves() -> None:
     x = torch.randn(2, 3, 4, 5, generator=generator(), dtype=torch.float64)
     repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     torch.testing.assert_close(layer(x), layer.conv(repeated), atol=1e-12, rtol=0)
+    one, other = (
+        torch.autograd.grad(y.square().sum(), layer.conv.weight)
+        for y in (layer(x), layer.conv(repeated))
+    )
+    torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+    half = layer.to(torch.bfloat16)  # repeats and convolves as told
+    x, repeated = x.to(torch.bfloat16), repeated.to(torch.bfloat16)
+    assert torch.equal(half(x), half.conv(repeated))
 
 
 # ------------------------------------------------------------------------ the network
