@@ -58,8 +58,9 @@ test-other-cpu: setup  ## run the chapters as on another CPU: one thread, no AVX
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	  MKL_ENABLE_INSTRUCTIONS=AVX2 $(PY) -m pytest --nbval -q book
 
-bench: setup  ## measure the U-Net beside its peers; writes book/results/bench.json
+bench: setup  ## measure the U-Net beside its peers; writes book/results/
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r benchmarks/requirements.txt
+	$(PY) benchmarks/blocks.py
 	$(PY) benchmarks/run.py
 
 clean:  ## remove everything that was built or installed

@@ -1,8 +1,18 @@
-"""Where a training step's time goes, and what each change to a block brings."""
+"""Where a training step's time goes, and what each change to a block brings.
 
+python benchmarks/blocks.py             writes book/results/unet_parts.json
+
+Medians in one process. `run.py` has the races of whole networks.
+"""
+
+import argparse
+import itertools
 import statistics
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +23,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_core import unet
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import results
 
 KINDS = {
     "convolution": ("convolution",),
@@ -154,3 +167,21 @@ def doublings(kind: torch.dtype) -> list[Pair]:
         x = map_of(kind, batch, channels, side, side)
         pairs.append(("doubling", plain, ours, (x,)))
     return pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--precisions", nargs="+", choices=TYPES, default=["fp32", "bf16"])
+    o = parser.parse_args()
+    start, cases = time.perf_counter(), list(itertools.product(CONFIGS, o.precisions))
+    found = {
+        "profile": {f"{c} {p}": shares("ddpm_core", c, p) for c, p in cases},
+        "convolutions": {f"{c} {p}": convolutions(c, p) for c, p in cases},
+        "parts": parts(tuple(o.precisions)),
+    }
+    results.write("unet_parts", found, start, modules=["unet"])
+
+
+if __name__ == "__main__":
+    main()

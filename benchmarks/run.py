@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import blocks
 import torch
 from measure import seconds
 from networks import (
@@ -210,21 +209,11 @@ def run(configs: list[str], rounds: int, whole: bool) -> dict[str, Any]:
     print(f"GFLOP/s of a convolution: {peak}", flush=True)
     bf16 = whole or max(peak["bfloat16"]) > max(peak["float32"])
     precisions = ("fp32", "bf16") if bf16 else ("fp32",)
-    found["convolutions"] = {
-        config: {p: blocks.convolutions(config, p) for p in precisions}
-        for config in configs
-    }
     for config in configs:
         compiled = whole or config == "small"  # minutes a process for the large one
         found["races"][config] = race(config, precisions, rounds, compiled)
         print(table(found), flush=True)
     found |= curves(fastest(found["races"]["small"], "ddpm_core", "forward")["flags"])
-    found["profile"] = {
-        f"{library} {config} {precision}": blocks.shares(library, config, precision)
-        for library, config in itertools.product(LIBRARIES[:2], configs)
-        for precision in precisions
-    }
-    found["parts"] = blocks.parts(precisions)
     found["memory_kept"] = memory_kept(configs, precisions[-1], rounds)
     found["steps"] = cost_of_steps()
     found["sampler_overhead"] = sampler_overhead()

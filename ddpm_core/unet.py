@@ -623,7 +623,7 @@ UNET_CONFIGS = {
 }
 
 
-# --- book/ddpm/unet.ipynb · unet-export-lean · A new network at work
+# --- book/ddpm/unet.ipynb · unet-export-lean · Making it fast
 class LeanNormSiLU(torch.autograd.Function):
     r"""`norm_silu` of 16-bit maps: keeps only x for the gradient, computes the rest anew.
 
