@@ -7,7 +7,7 @@ PY = .venv/bin/python
 STAMP = .venv/.installed
 PYTEST_ARGS ?=
 
-.PHONY: help setup book test quick extract refresh lint prove test-other-cpu bench clean browser
+.PHONY: help setup book test quick extract refresh lint prove test-other-cpu bench bench-quality clean browser
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,10 @@ bench: setup  ## measure the U-Net beside its peers; writes book/results/
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r benchmarks/requirements.txt
 	$(PY) benchmarks/blocks.py
 	$(PY) benchmarks/run.py
+
+bench-quality: setup  ## train as long as two peers and compare samples; writes book/results/quality.json
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r benchmarks/requirements.txt
+	$(PY) benchmarks/quality.py
 
 clean:  ## remove everything that was built or installed
 	rm -rf .venv _build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
