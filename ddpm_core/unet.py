@@ -311,8 +311,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The map at twice the side."""
-        wide = x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
-        if x.device.type == "cpu" and wide:
+        on_cpu = x.device.type == "cpu" and x.dtype.itemsize >= 4
+        if on_cpu and not torch.is_autocast_enabled("cpu"):
             kernel = sent_kernel(self.conv.weight)
             return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
         y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
