@@ -331,7 +331,8 @@ def parser() -> argparse.ArgumentParser:
     add_number(options, "--bits", 256, "held-out images for the bound; 0: none")
     add_number(options, "--strata", 20, "evaluations for each of those images")
     whole = "the bound of all held-out images at every step: for 10,000 images and "
-    whole += "T = 1000 that is 10 million evaluations, days on two cores [no]"
+    whole += "T = 1000 that is 10 million evaluations, days on two cores; the first "
+    whole += "process does it alone [no]"
     add("--full", action=switch, default=False, help=whole)
     return options
 

@@ -229,7 +229,7 @@ def reverse_variance(schedule: Schedule, rule: str) -> Tensor:
     checks.one_of("rule", rule, VARIANCES)
     small = posterior_variance(schedule)
     variance = small.clone() if rule == "fixed_small" else schedule.beta.clone()
-    variance[0] = float("nan")
+    variance[:1].fill_(float("nan"))
     if rule != "fixed_large":
         if schedule.T < 2:
             raise ValueError(f"rule {rule!r} needs beta_tilde_2, so T >= 2, got T = 1")

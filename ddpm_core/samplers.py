@@ -15,8 +15,9 @@ from ddpm_core.process import (
     PREDICTIONS,
     VARIANCES,
     at,
-    p_mean_variance,
+    posterior_mean_coefficients,
     posterior_variance,
+    reverse_variance,
     to_x_0,
 )
 from ddpm_core.schedules import Schedule
@@ -90,21 +91,26 @@ def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
     torch.Size([2, 3])
     """
     checks.tensor("x", x)
-    if isinstance(generator, Sequence):
-        if len(generator) != len(x):
-            raise ValueError(
-                f"generator must hold one for each of the {len(x)} samples; "
-                f"got {len(generator)}"
-            )
-        return torch.stack([noise_like(*z) for z in zip(x, generator, strict=True)])
-    if generator is not None and generator.device.type != "cpu":
+    listed = isinstance(generator, Sequence)
+    each = generator if isinstance(generator, Sequence) else [generator]
+    if listed and len(each) != len(x):
         raise ValueError(
-            "generator must be one of the CPU, so that a seed means the same on every "
-            f"device; got one of {generator.device}"
+            f"generator must hold one for each of the {len(x)} samples; got {len(each)}"
         )
+    for one in each:
+        if one is not None and one.device.type != "cpu":
+            raise ValueError(
+                "generator must be one of the CPU, so that a seed means the same on "
+                f"every device; got one of {one.device}"
+            )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = torch.randn(x.shape, generator=generator, dtype=dtype, device="cpu")
-    return z.to(x.dtype).to(x.device)
+    shape = x.shape[1:] if listed else x.shape
+    drawn = [
+        torch.randn(shape, generator=one, dtype=dtype, device="cpu") for one in each
+    ]
+    z = torch.stack(drawn) if listed else drawn[0]
+    # CUDA takes its copy of z before it goes; of other devices that is not certain
+    return z.to(x.dtype).to(x.device, non_blocking=x.is_cuda)
 
 
 def predict(model: Model, schedule: Schedule, x: Tensor, steps: Tensor) -> Tensor:
@@ -148,10 +154,12 @@ def predict_x_0(
     """
     x_0 = to_x_0(schedule, x, steps, predict(model, schedule, x, steps), prediction)
     if not callable(clip):
-        return x_0.clamp(-1.0, 1.0) if clip else x_0
-    cut = clip(x_0)
-    checks.tensor("what clip returns", cut)
-    checks.same_shape("what clip returns", cut, "x_0", x_0)
+        cut = x_0.clamp(-1.0, 1.0) if clip else x_0
+    else:
+        cut = clip(x_0)
+        checks.tensor("what clip returns", cut)
+        checks.same_shape("what clip returns", cut, "x_0", x_0)
+    checks.finite("the prediction of x_0", cut)
     return cut
 
 
@@ -191,18 +199,18 @@ def ancestral(
     check_start(schedule, x_T)
     check_options(prediction, clip)
     checks.one_of("variance", variance, VARIANCES)
+    c_0, c_t = posterior_mean_coefficients(schedule)
+    sigma_squared = reverse_variance(schedule, variance)
 
     @torch.no_grad()
     def step(x: Tensor, t: int) -> State:
         steps = torch.full((len(x),), t, device=x.device)
         x_0 = predict_x_0(model, schedule, x, steps, prediction, clip)
-        law = p_mean_variance(
-            schedule, x, steps, x_0, prediction="x_0", variance=variance, clip=False
-        )
+        mean = at(c_0, steps, x) * x_0 + at(c_t, steps, x) * x
         if t == 1:
-            return State(0, law.mean, law.x_0)
-        z = noise_like(x, generator)
-        return State(t - 1, law.mean + law.variance.sqrt() * z, law.x_0)
+            return State(0, mean, x_0)
+        sigma = at(sigma_squared, steps, x).sqrt()
+        return State(t - 1, mean + sigma * noise_like(x, generator), x_0)
 
     return walk(step, x_T, schedule.T)
 

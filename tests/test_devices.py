@@ -1,18 +1,22 @@
 """Without a GPU: what would run on one, on tensors that have a device and no numbers."""
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ddpm_core import data, losses, samplers
 from ddpm_core.process import PREDICTIONS, VARIANCES
 from ddpm_core.schedules import cosine
-from ddpm_core.unet import UNET_CONFIGS, UNet
+from ddpm_core.unet import UNET_CONFIGS, UNet, UNetConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import chapters as book
@@ -60,6 +64,121 @@ def test_network_on_a_gpu(name: str) -> None:
             t = torch.ones(2, dtype=torch.int64)
         y = model(x, t)
     assert (y.device.type, y.shape) == ("cuda", x.shape)
+
+
+# Nothing in a sampling loop may make the program wait for the card: no copy between the
+# two that blocks, no look at a value, no result whose size depends on values.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
+COPIES = {"_to_copy", "copy_"}
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations that wait for the card, and counts the copies to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.copies = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        leaves = tree_leaves((args, kwargs, result))
+        devices = {x.device.type for x in leaves if isinstance(x, Tensor)}
+        if name in WAITING and "cuda" in devices:
+            self.waits.append(name)
+        if name in COPIES and len(devices) > 1:
+            self.copies += 1
+            free = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            if not free:
+                self.waits.append(f"{name} that blocks")
+        return result
+
+
+SLIPS: dict[str, Callable[[Tensor], object]] = {
+    "copy_ that blocks": lambda x: x.__setitem__(0, float("nan")),
+    "_to_copy that blocks": lambda x: torch.zeros(3).to(x.device),
+    "_to_copy that blocks ": lambda x: x.cpu(),
+    "_local_scalar_dense": lambda x: bool(x[0] > 0),
+    "nonzero": lambda x: x.nonzero(),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_watch_sees_what_waits(slip: str) -> None:
+    """Fake tensors refuse some of these; then the refusal tells."""
+    name = slip.strip()
+    with FakeTensorMode():
+        x = torch.zeros(3, device="cuda")
+        with Watch() as watch:
+            try:
+                SLIPS[slip](x)
+            except RuntimeError as error:
+                watch.waits.append(str(error))
+    (found,) = watch.waits
+    assert name in found
+
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "ancestral": {},
+    "ddim": {"eta": 1.0},
+    "heun": {},
+    "dpm_solver_2m": {},
+}
+NOISY = {"ancestral", "ddim"}
+TINY = UNetConfig(4, 1, 1, 4, (1, 2), 1, (2,), groups=2)
+
+
+def looped(name: str, listed: bool, model: UNet) -> Iterator[samplers.State]:
+    """Four steps on a card, with one generator or one for each sample."""
+    x_T = torch.zeros(4, 1, 4, 4, device="cuda")
+    several = [torch.Generator().manual_seed(i) for i in range(len(x_T))]
+    generator = several if listed else several[0]
+    options = {"generator": generator, **LOOPS[name]}
+    run, table = getattr(samplers, name), cosine(4).to("cuda", torch.float32)
+    states: Iterator[samplers.State] = run(model, table, x_T, **options)
+    return states
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["one", "list"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_sampling_loop_never_waits(name: str, listed: bool) -> None:
+    """The first step may set up; after it one copy a step, of the noise, on its way."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = UNet(TINY)
+        states = looped(name, listed, model)
+        next(states)
+        with Watch() as watch:
+            later = list(states)
+    assert len(later) == 3
+    assert {s.x.device.type for s in later} == {"cuda"}
+    assert watch.waits == []
+    assert watch.copies == (2 if name in NOISY else 0)  # none in the last step
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("listed", [False, True], ids=["one", "list"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_sampling_loop_never_waits_on_a_gpu(name: str, listed: bool) -> None:
+    """PyTorch itself raises at an operation that waits; the noise arrives whole."""
+    states = looped(name, listed, UNet(TINY).to("cuda"))
+    next(states)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        x = samplers.last(states)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(x.isfinite().all())
+    z = torch.zeros(4, 3, 64, 64, device="cuda")
+    here, there = (
+        samplers.noise_like(like, torch.Generator().manual_seed(0))
+        for like in (z, z.cpu())
+    )
+    assert torch.equal(here.cpu(), there)
 
 
 # What a chapter does on a GPU, made short: every count and size that its CUDA branch

@@ -69,13 +69,13 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train.main([str(folder / "from_one"), *both.OPTIONS])
     assert stop.value.code == 143
     sample.main([*both.SAMPLES, str(folder / "samples.npy")])
-    evaluate.main([*both.MEASURED, str(folder / "measured-0.json")])
+    evaluate.main([*both.MEASURED, str(folder / "measured.json")])
     return folder
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, one: Path) -> Path:
-    """What two processes made; three launches at once, to save time."""
+    """What two processes made; five launches at once, to save time."""
     folder = tmp_path_factory.mktemp("two")
     assert step(one / "from_one") == 2
     for name in ("from_one", "accelerate"):
@@ -86,8 +86,14 @@ def two(tmp_path_factory: pytest.TempPathFactory, one: Path) -> Path:
     run = [*module, folder / "accelerate", "--expect-processes", "2", *both.OPTIONS]
     real = start(*words, "--multi_gpu", *run)
     sham = start(*words, "--cpu", *module, folder / "no", "--expect-processes", "2")
+    command = [*TORCHRUN, "-m", "ddpm_core.sample", *both.SAMPLES]
+    drawn = start(*command, folder / "command.npy")
+    command = [*TORCHRUN, "-m", "ddpm_core.evaluate", *both.MEASURED]
+    measured = start(*command, folder / "command.json")
     (folder / "accelerate.txt").write_text(end(real))
     (folder / "sham.txt").write_text(end(sham, good=False))
+    (folder / "sample.txt").write_text(end(drawn))
+    (folder / "evaluate.txt").write_text(end(measured))
     end(torchrun)
     return folder
 
@@ -126,8 +132,15 @@ def test_distributed_average_is_the_same_in_every_process(parts):
 
 
 def test_distributed_files_are_written_by_one_process(two):
-    assert (two / "written-0").read_text() == "[2, 4, 5]"
-    assert (two / "written-1").read_text() == "[]"
+    """The weights, the samples and the results too, and each of them once."""
+    assert (two / "written-0").read_text().splitlines() == [
+        "metrics.jsonl",  # emptied of what an earlier run left
+        *[f"checkpoint.safetensors {step}" for step in (2, 4, 5)],
+        "model.safetensors",
+        "samples.npy",
+        "measured.json",
+    ]
+    assert (two / "written-1").read_text() == ""
     lines = (two / "whole" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
     names = {f.name for f in (two / "whole").iterdir() if f.is_file()}
@@ -169,17 +182,22 @@ def test_distributed_resume_with_accelerate_launch(one, two):
 
 
 def test_distributed_samples_are_those_of_one_process(one, two):
-    a, b = (np.load(folder / "samples.npy") for folder in (one, two))
+    """In a test's process, and by the command as a reader types it."""
+    a = np.load(one / "samples.npy")
     assert a.shape == (5, 1, 8, 8)
-    assert np.abs(a - b).max() < 1e-5
+    for name in ("samples.npy", "command.npy"):
+        assert np.abs(a - np.load(two / name)).max() < 1e-5
+    assert (two / "sample.txt").read_text().count("5 samples in") == 1
 
 
 def test_distributed_measurements_are_those_of_one_process(one, two):
-    assert not (two / "measured-1.json").exists()
-    a, b = (json.loads((f / "measured-0.json").read_text()) for f in (one, two))
-    assert a["samples"] == pytest.approx(b["samples"], rel=1e-3, abs=1e-6)
-    assert a["bits"] == pytest.approx(b["bits"], rel=1e-4)
-    assert a["protocol"] == b["protocol"]
+    a = json.loads((one / "measured.json").read_text())
+    for name in ("measured.json", "command.json"):
+        b = json.loads((two / name).read_text())
+        assert a["samples"] == pytest.approx(b["samples"], rel=1e-3, abs=1e-6)
+        assert a["bits"] == pytest.approx(b["bits"], rel=1e-4)
+        assert a["protocol"] == b["protocol"]
+    assert (two / "evaluate.txt").read_text().count("samples 40; reference") == 1
 
 
 def test_distributed_launcher_that_starts_one_process_is_found_out(two):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch_fidelity import metric_prc as prc
 
 from ddpm_core import data, metrics
 
@@ -288,7 +289,6 @@ def test_precision_and_recall_of_gaussians_of_known_overlap():
 
 
 def test_precision_and_recall_against_torch_fidelity():
-    prc = pytest.importorskip("torch_fidelity.metric_prc")
     real = random_features(120, 6, 0).float()
     made = random_features(100, 6, 1, scale=0.8, shift=0.2).float()
     theirs = prc.prc_features_to_metric(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,10 +19,13 @@ from ddpm_core.unet import UNet, UNetConfig
 
 OPTIONS = ["--T", "20", "--batch-size", "8", "--steps", "5", "--warmup", "1"]
 OPTIONS += ["--lr", "1e-3", "--save-every", "2", "--log-every", "1", "--device", "cpu"]
-SAMPLES = ["--weights", "digits", "--n", "5", "--batch", "2", "--steps", "3"]
+SAMPLES = ["--weights", "digits", "--samples", "5", "--batch", "2", "--steps", "3"]
 SAMPLES += ["--device", "cpu", "--out"]
 MEASURED = ["--weights", "digits", "--samples", "40", "--batch", "8", "--steps", "3"]
 MEASURED += ["--bits", "4", "--strata", "3", "--device", "cpu", "--out"]
+WRITERS = [(train, "save_checkpoint"), (train, "save_model")]
+WRITERS += [(train, "write_atomically"), (sample, "write")]
+WRITERS += [(evaluate, "write_atomically")]
 SMALL = UNetConfig(4, 1, 1, 4, (1, 2), 1, (2,), groups=2)
 CONFIG = TrainConfig(steps=8, batch_size=8, seed=3, accumulate=2)
 IMAGES = torch.linspace(-1, 1, 64).reshape(64, 1, 1, 1).expand(64, 1, 4, 4).clone()
@@ -71,6 +75,20 @@ def stopped_after(step: int) -> Iterator[None]:
         Trainer.one_step = real
 
 
+def note_writes(written: list[str]) -> None:
+    """From now on, note each file that this process writes; a checkpoint's step, too."""
+
+    def noting(real: Any) -> Any:
+        def noted(path: Path, *rest: Any) -> Any:
+            written.append(f"{path.name} {getattr(rest[0], 'step', '')}".strip())
+            return real(path, *rest)
+
+        return noted
+
+    for module, name in WRITERS:
+        setattr(module, name, noting(getattr(module, name)))
+
+
 def main(folder: Path) -> None:
     processes, _ = join("cpu", 2)
     me = processes.rank
@@ -80,15 +98,15 @@ def main(folder: Path) -> None:
     mine |= {f"ema.{k}": v for k, v in run.ema.state_dict().items()}
     save_tensors(folder / f"process-{me}.safetensors", mine)
 
-    real, written = train.save_checkpoint, []
-    train.save_checkpoint = lambda path, t: written.append(t.step) or real(path, t)
+    written: list[str] = []
+    note_writes(written)
     train.main([str(folder / "whole"), *OPTIONS])
-    (folder / f"written-{me}").write_text(str(written))
+    sample.main([*SAMPLES, str(folder / "samples.npy")])
+    evaluate.main([*MEASURED, str(folder / "measured.json")])
+    (folder / f"written-{me}").write_text("\n".join(written))
     train.main([str(folder / "from_one"), *OPTIONS])
     with suppress(SystemExit), stopped_after(3 if me else 99):
         train.main([str(folder / "stopped"), *OPTIONS])
-    sample.main([*SAMPLES, str(folder / "samples.npy")])
-    evaluate.main([*MEASURED, str(folder / f"measured-{me}.json")])
 
 
 if __name__ == "__main__":
