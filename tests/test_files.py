@@ -306,6 +306,22 @@ def test_shipped_weights_are_whole_small_and_described(name):
     assert torch.isfinite(model(x, torch.tensor([1, schedule.T]))).all()
 
 
+@pytest.mark.parametrize("name", files.pretrained())
+def test_the_cards_of_shipped_weights_hold_what_was_measured(name):
+    card = files.load_pretrained(name)[2]
+    found = card["figures"]["evaluation"]
+    assert found["command"].startswith(f"python -m ddpm_core.evaluate --weights {name}")
+    assert "seeds 0, 1, 2" in found["protocol"]
+    distances = found["frechet"]
+    assert distances["real"] < distances["samples"] < 0.2 * distances["untrained"]
+    for what in ("precision", "recall"):
+        of = found[what]
+        assert of["ratio"] == pytest.approx(of["samples"] / of["real"], rel=2e-3)
+        assert of["ratio"] >= of["at least"] == 0.75
+    assert found["copies"]["share"] <= found["copies"]["at most"] == 0.03
+    assert found["bits"]["images"] >= 256
+
+
 def test_nothing_of_ours_reads_or_writes_pickles():
     package = Path(files.__file__).parent
     for module in package.glob("*.py"):
