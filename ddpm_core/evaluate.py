@@ -49,16 +49,20 @@ from ddpm_core.training import Processes, stream
 from ddpm_core.unet import UNet
 
 __all__ = [
+    "MARKS",
     "NEIGHBOURS",
     "ROWS",
     "Protocol",
     "Quality",
+    "Standing",
     "as_bytes",
     "as_data",
     "attempt",
     "check_options",
+    "copies_among",
     "feature_quality",
     "main",
+    "mean_of",
     "measure_bits",
     "measured",
     "parser",
@@ -67,11 +71,15 @@ __all__ = [
     "read_samples",
     "reference_name",
     "report",
+    "sample_features",
     "sampled",
     "settled",
     "spread_over",
+    "standing",
     "strata",
     "stratified_bits",
+    "untrained",
+    "verdict",
 ]
 
 
@@ -192,6 +200,19 @@ def feature_quality(features: Tensor, reference: Reference, seed: int = 0) -> Qu
     return Quality(scores.frechet, to_train, *scores[1:], *shares)
 
 
+def sample_features(images: Tensor, reference: Reference) -> Tensor:
+    r"""Features [N, 64] of samples [N, 1, H, W], rounded and cut by `as_data`.
+
+    N must be at least 30. Raises TypeError or ValueError.
+
+    >>> sample_features.__name__
+    'sample_features'
+    """
+    x = as_data(images, reference.network.side, reference.levels)
+    checks.integer("the number of images", len(x), 30)
+    return features_of(reference.network, x)
+
+
 def quality(images: Tensor, reference: Reference, seed: int = 0) -> Quality:
     r"""Measure samples [N, 1, H, W] (about [-1, 1]) against a reference.
 
@@ -201,9 +222,7 @@ def quality(images: Tensor, reference: Reference, seed: int = 0) -> Quality:
     >>> quality.__name__
     'quality'
     """
-    x = as_data(images, reference.network.side, reference.levels)
-    checks.integer("the number of images", len(x), 30)
-    return feature_quality(features_of(reference.network, x), reference, seed)
+    return feature_quality(sample_features(images, reference), reference, seed)
 
 
 # --- book/ddpm/evaluation.ipynb · evaluation-export-card · All of it in one table,...
@@ -301,6 +320,55 @@ def published_frechet(
     return float(metric.compute())
 
 
+# --- book/ddpm/evaluation.ipynb · evaluation-export-standing · The clothes that ship
+MARKS = {"precision_ratio": 0.75, "recall_ratio": 0.75, "copies": 0.03}
+
+
+class Standing(NamedTuple):
+    r"""Precision and recall of samples, those of real images, and their ratios.
+
+    >>> Standing._fields[-2:]
+    ('precision_ratio', 'recall_ratio')
+    """
+
+    precision: float
+    recall: float
+    real_precision: float
+    real_recall: float
+    precision_ratio: float
+    recall_ratio: float
+
+
+def standing(features: Tensor, reference: Reference) -> Standing:
+    r"""Precision and recall of features [N, 64] beside those of real images.
+
+    Both against the first n training images of the reference; the real ones are the
+    next n. n is N, but at most 2048 and at most half of the training images.
+    Raises TypeError or ValueError.
+
+    >>> standing.__name__
+    'standing'
+    """
+    n = min(len(features), len(reference.train) // 2, NEIGHBOURS)
+    first, second = reference.train[:n], reference.train[n : 2 * n]
+    made, real = precision_recall(first, features[:n]), precision_recall(first, second)
+    ratios = [a / b if b > 0 else math.nan for a, b in zip(made, real, strict=True)]
+    return Standing(*made, *real, *ratios)
+
+
+def verdict(name: str, value: float) -> str:
+    r"""The mark for a measurement in MARKS, and whether the value reaches it, in words.
+
+    >>> verdict("copies", 0.01), verdict("recall_ratio", 0.7)
+    ('at most 0.03: reached', 'at least 0.75: not reached')
+    """
+    checks.one_of("name", name, MARKS)
+    mark, at_most = MARKS[name], name == "copies"
+    good = value <= mark if at_most else value >= mark
+    words = "at most" if at_most else "at least"
+    return f"{words} {mark:g}: {'reached' if good else 'not reached'}"
+
+
 # --- book/workshop/command_line.ipynb · command-line-export-evaluate-options · ...
 def parser() -> argparse.ArgumentParser:
     r"""The options of `python -m ddpm_core.evaluate`.
@@ -328,6 +396,8 @@ def parser() -> argparse.ArgumentParser:
     add("--reference", choices=sorted(RECIPES), help="real images [by the size]")
     sample.add_sampler(options)
     add_number(options, "--batch", 64, "samples drawn at once by one process")
+    blank = "measure an untrained network of the same shape, too [no]"
+    add("--untrained", action=switch, default=False, help=blank)
     add_number(options, "--bits", 256, "held-out images for the bound; 0: none")
     add_number(options, "--strata", 20, "evaluations for each of those images")
     whole = "the bound of all held-out images at every step: for 10,000 images and "
@@ -346,6 +416,8 @@ def check_options(options: argparse.Namespace) -> None:
     """
     if (options.weights is None) == (options.file is None):
         raise ValueError("give --weights (a name or a file) or --file, and not both")
+    if options.untrained and options.weights is None:
+        raise ValueError("--untrained needs --weights: a file has no network's shape")
     checks.integer("n", options.n, low=30)
     for name in ("batch", "seeds"):
         checks.integer(name, getattr(options, name), low=1)
@@ -404,6 +476,41 @@ def read_samples(path: Path) -> Tensor:
     return next(iter(tensors.values())).float()
 
 
+def mean_of(each: Sequence[dict[str, float]]) -> dict[str, float]:
+    r"""The mean of each entry over several dictionaries.
+
+    >>> mean_of([{"a": 1.0}, {"a": 2.0}])
+    {'a': 1.5}
+    """
+    return {key: sum(one[key] for one in each) / len(each) for key in each[0]}
+
+
+def untrained(
+    loaded: tuple[UNet, Schedule, dict[str, Any]], seed: int = 0
+) -> tuple[UNet, Schedule, dict[str, Any]]:
+    r"""The same with the random weights that a training with this seed starts from.
+
+    >>> untrained.__name__
+    'untrained'
+    """
+    model, schedule, card = loaded
+    blank = UNet(model.config, stream(seed, "weights", 0))
+    return blank.to(schedule.beta.device).eval(), schedule, card
+
+
+def copies_among(sets: Sequence[Tensor], reference: Reference) -> float:
+    r"""The share of copies, `metrics.copied`, among all samples [N, 1, H, W] of all sets.
+
+    Raises FileNotFoundError without the data set.
+
+    >>> copies_among.__name__
+    'copies_among'
+    """
+    train = images_of(reference.name, "train").images
+    x = as_data(torch.cat([*sets]), reference.network.side, reference.levels)
+    return copied(x, train, reference.radius)
+
+
 def measure_bits(
     model: UNet,
     schedule: Schedule,
@@ -457,8 +564,11 @@ def measured(
     sets: Sequence[Tensor],
     loaded: tuple[UNet, Schedule, dict[str, Any]] | None,
     options: argparse.Namespace,
+    blank: Tensor | None = None,
 ) -> dict[str, Any]:
     r"""All results: samples of one or more seeds, and the network if there is one.
+
+    `blank`: samples of an untrained network.
 
     >>> measured.__name__
     'measured'
@@ -466,19 +576,18 @@ def measured(
     name = options.reference or reference_name(sets[0].shape[-1])
     reference, n = load_reference(name), len(sets[0])
     seeds = tuple(range(options.seed, options.seed + len(sets)))
-    each = [
-        quality(x, reference, s)._asdict() for s, x in zip(seeds, sets, strict=True)
-    ]
-    mean = {k: sum(q[k] for q in each) / len(each) for k in each[0]}
-    x = as_data(sets[0], reference.network.side, reference.levels)
+    features = [sample_features(x, reference) for x in sets]
+    pairs = zip(features, seeds, strict=True)
+    each = [feature_quality(f, reference, s)._asdict() for f, s in pairs]
     found: dict[str, Any] = {
-        "samples": mean,
+        "samples": mean_of(each),
         "real": feature_quality(reference.train[:n], reference)._asdict(),
         "each seed": each,
-        "copies": attempt(
-            lambda: copied(x, images_of(name, "train").images, reference.radius)
-        ),
+        "standing": mean_of([standing(f, reference)._asdict() for f in features]),
+        "copies": attempt(lambda: copies_among(sets, reference)),
     }
+    if blank is not None:
+        found["untrained"] = quality(blank, reference, options.seed)._asdict()
     sampler, steps, averaged = f"file {options.file}", None, None
     if loaded is not None:
         model, schedule, card = loaded
@@ -510,13 +619,18 @@ def report(results: dict[str, Any]) -> str:
     >>> report.__name__
     'report'
     """
-    lines = [f"{'':41}{'samples':>10}{'real':>10}"]
+    columns = [c for c in ("samples", "real", "untrained") if c in results]
+    lines = [f"{'':41}{''.join(f'{c:>10}' for c in columns)}"]
     for key, text in ROWS.items():
-        both = [f"{results[which][key]:10.4g}" for which in ("samples", "real")]
-        lines.append(f"{text:41}{''.join(both)}")
+        row = [f"{results[column][key]:10.4g}" for column in columns]
+        lines.append(f"{text:41}{''.join(row)}")
+    for key in ("precision", "recall"):
+        ratio = results["standing"][f"{key}_ratio"]
+        text = f"{key} over that of real images"
+        lines.append(f"{text:41}{ratio:10.3g}  {verdict(f'{key}_ratio', ratio)}")
     copies, bits = results["copies"], results.get("bits")
     if not isinstance(copies, str):
-        copies = f"{copies:10.2%}      1.00% expected"
+        copies = f"{copies:10.2%}  {verdict('copies', copies)}; 1.00% expected"
     lines.append(f"{'copies of training images':41}{copies}")
     if bits is not None:
         if not isinstance(bits, str):
@@ -539,15 +653,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_options(options)
         processes, device = join(options.device, options.expect_processes)
-        loaded = None
+        loaded, blank = None, None
         if options.file is not None:
             sets = [read_samples(options.file)]
         else:
             loaded = sample.load(options.weights, device)
             reference_name(loaded[0].config.image_size)
             sets = sampled(loaded, options, processes)
+        if loaded is not None and options.untrained:
+            once = argparse.Namespace(**{**vars(options), "seeds": 1})
+            blank = sampled(untrained(loaded, options.seed), once, processes)[0]
         if processes.rank == 0:
-            results = measured(sets, loaded, options)
+            results = measured(sets, loaded, options, blank)
             print(report(results))
             if options.out is not None:
                 text = json.dumps({**results, "options": vars(options)}, default=str)

@@ -6,6 +6,7 @@
 import glob
 import hashlib
 import json
+import math
 import os
 import struct
 import tempfile
@@ -29,6 +30,7 @@ from ddpm_core.unet import UNet, UNetConfig
 
 __all__ = [
     "DIGEST",
+    "PACKED",
     "build_model",
     "check_digest",
     "current_umask",
@@ -37,6 +39,7 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "load_tensors",
+    "pack",
     "parse_tensors",
     "pretrained",
     "read_result",
@@ -49,6 +52,7 @@ __all__ = [
     "split_header",
     "sync_folder",
     "tensor_bytes",
+    "unpack",
     "write_and_rename",
     "write_atomically",
 ]
@@ -314,14 +318,65 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return read_tensors(Path(path).read_bytes(), str(path))
 
 
+# --- book/workshop/files.ipynb · files-export-pack · Half the bytes
+PACKED = "packed"
+
+
+def pack(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    r"""All tensors, rounded to `dtype`, as one; and a string with names and shapes.
+
+    Returns tensors and metadata for `save_tensors`; `unpack` undoes it but for the
+    rounding. Raises TypeError, or ValueError for a value that `dtype` cannot hold.
+
+    >>> pack({"a": torch.ones(2, 1), "b": torch.zeros(1)}, torch.float16)[1]
+    {'packed': '{"a":[2,1],"b":[1]}'}
+    """
+    for name, x in tensors.items():
+        checks.tensor(f"tensors[{name!r}]", x)
+        checks.finite(f"tensors[{name!r}] as {dtype}", x.to(dtype))
+    parts = [x.detach().cpu().to(dtype).reshape(-1) for x in tensors.values()]
+    shapes = {name: list(x.shape) for name, x in tensors.items()}
+    text = json.dumps(shapes, separators=(",", ":"))
+    return {PACKED: torch.cat(parts)}, {PACKED: text}
+
+
+def unpack(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Tensor]:
+    r"""What `pack` was given, from what it returned; other tensors as they are.
+
+    Raises ValueError if names and shapes are not those of the numbers.
+
+    >>> unpack(*pack({"a": torch.ones(1, 2)}, torch.float16))
+    {'a': tensor([[1., 1.]], dtype=torch.float16)}
+    """
+    if PACKED not in metadata:
+        return dict(tensors)
+    shapes: dict[str, list[int]] = json.loads(metadata[PACKED])
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    whole = tensors.get(PACKED, torch.zeros(0))
+    if whole.shape != (sum(sizes),):
+        raise ValueError(
+            f"{PACKED!r} must be of shape {(sum(sizes),)}; got {tuple(whole.shape)}"
+        )
+    pairs = zip(shapes.items(), torch.split(whole, sizes), strict=True)
+    return {name: part.reshape(shape) for (name, shape), part in pairs}
+
+
 # --- book/workshop/files.ipynb · files-export-model · A model and its card
 def save_model(
-    path: str | Path, model: UNet, card: Mapping[str, Any]
+    path: str | Path,
+    model: UNet,
+    card: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     r"""Write a network's weights to `path` (.safetensors) and its card beside it (.json).
 
     `card` must hold "schedule" ({"name", "T"}) and "prediction"; "unet", "parameters"
-    and "sha256" are added. Returns the card written. Raises ValueError, OSError.
+    and "sha256" are added. `dtype`: round to it, see `pack`; the card says "dtype".
+    Returns the card written. Raises ValueError, OSError.
 
     >>> from ddpm_core.unet import UNET_CONFIGS
     >>> facts = {"schedule": {"name": "cosine", "T": 200}, "prediction": "eps"}
@@ -340,7 +395,13 @@ def save_model(
     count = sum(p.numel() for p in model.parameters())
     whole = {**card, "unet": asdict(model.config), "parameters": count}
     text = json.dumps({k: whole[k] for k in ("unet", "schedule", "prediction")})
-    whole[DIGEST] = save_tensors(path, model.state_dict(), {"model": text})
+    tensors: Mapping[str, Tensor] = model.state_dict()
+    told = {"model": text}
+    if dtype is not None:
+        whole["dtype"] = str(dtype).removeprefix("torch.")
+        tensors, names = pack(tensors, dtype)
+        told |= names
+    whole[DIGEST] = save_tensors(path, tensors, told)
     written = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path.with_suffix(".json"), written.encode())
     read: dict[str, Any] = json.loads(written)
@@ -366,7 +427,7 @@ def build_model(
     name = checks.one_of("schedule", card["schedule"]["name"], SCHEDULES)
     schedule = SCHEDULES[name](card["schedule"]["T"])
     model = UNet(UNetConfig(**card["unet"]))
-    model.load_state_dict(tensors)
+    model.load_state_dict(unpack(tensors, metadata))
     return model.to(device).eval(), schedule_on(schedule, device), dict(card)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ddpm_core import data, evaluate, features, files, losses, metrics
 from ddpm_core.schedules import cosine, linear
+from ddpm_core.training import stream
 from ddpm_core.unet import UNET_CONFIGS, UNet
 
 
@@ -109,6 +110,72 @@ def test_a_copier_wins_against_the_training_images_only(digits):
     assert metrics.copied(train[:50], train, digits.radius) == 1
 
 
+def made_up(train):
+    """A reference whose training features are these."""
+    fashion = features.load_reference("fashion-mnist")
+    return fashion._replace(train=train)
+
+
+def test_samples_stand_beside_a_disjoint_half_of_the_real_images():
+    """The halves, by hand, are what the definition says, and neither holds the other."""
+    train = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    found = evaluate.standing(train[100:200], made_up(train[:200]))
+    assert found[2:4] == metrics.precision_recall(train[:100], train[100:200])
+    assert found[:2] == found[2:4]
+    assert found[4:] == (1, 1)
+    fewer = evaluate.standing(train[200:240], made_up(train[:200]))
+    assert fewer[:2] == metrics.precision_recall(train[:40], train[200:240])
+    assert fewer[2:4] == metrics.precision_recall(train[:40], train[40:80])
+    more = evaluate.standing(train[100:], made_up(train[:90]))
+    assert more[:2] == metrics.precision_recall(train[:45], train[100:145])
+    assert more[2:4] == metrics.precision_recall(train[:45], train[45:90])
+
+
+def test_what_is_missing_lowers_recall_and_garbage_lowers_precision():
+    generator = torch.Generator().manual_seed(1)
+    centres = 100 * torch.eye(4)
+
+    def clouds(which, n):
+        z = torch.randn(len(which) * n, 4, generator=generator)
+        x = centres[which].repeat(n, 1) + z
+        return x[torch.randperm(len(x), generator=generator)]
+
+    real = made_up(clouds([0, 1, 2, 3], 400))
+    half = evaluate.standing(clouds([0, 1], 400), real)
+    assert half.precision_ratio > 0.95
+    assert half.recall_ratio == pytest.approx(0.5, abs=0.05)
+    garbage = 1e4 + torch.randn(400, 4, generator=generator)
+    mixed = torch.cat([clouds([0, 1, 2, 3], 100), garbage])
+    order = torch.randperm(len(mixed), generator=generator)
+    worse = evaluate.standing(mixed[order], real)
+    assert worse.precision_ratio == pytest.approx(0.5, abs=0.05)
+    assert worse.recall_ratio > 0.9
+    assert evaluate.verdict("recall_ratio", half.recall_ratio).endswith("not reached")
+
+
+def test_no_real_image_near_another_gives_no_ratio():
+    far = torch.cat([torch.arange(5.0), 1e3 + 10 * torch.arange(5.0)])[:, None]
+    found = evaluate.standing(far[:5], made_up(far))
+    assert found.real_precision == 0
+    assert np.isnan(found.precision_ratio)
+    assert "not reached" in evaluate.verdict("precision_ratio", found.precision_ratio)
+
+
+def test_marks():
+    assert evaluate.MARKS == {
+        "precision_ratio": 0.75,
+        "recall_ratio": 0.75,
+        "copies": 0.03,
+    }
+    for name in ("precision_ratio", "recall_ratio"):
+        assert evaluate.verdict(name, 0.75) == "at least 0.75: reached"
+        assert evaluate.verdict(name, 0.7499) == "at least 0.75: not reached"
+    assert evaluate.verdict("copies", 0.03) == "at most 0.03: reached"
+    assert evaluate.verdict("copies", 0.031) == "at most 0.03: not reached"
+    with pytest.raises(ValueError, match="name must be one of"):
+        evaluate.verdict("recall", 1.0)
+
+
 def test_the_protocol_says_all():
     card = evaluate.Protocol(9, "digits", "ancestral", 5, False, (3, 4), 0.25)
     for part in ("samples 9", "digits", "ancestral, 5 steps", "weights no", "3, 4"):
@@ -160,9 +227,11 @@ def run(*words):
 
 def test_the_command_draws_and_measures(tmp_path, capsys):
     out = tmp_path / "found.json"
-    words = "--weights digits --n 40 --steps 4 --bits 6 --strata 4 --seeds 2 --out"
-    run(*words.split(), out)
+    words = "--weights digits --n 40 --steps 4 --bits 6 --strata 4 --seeds 2"
+    run(*words.split(), "--untrained", "--out", out)
     said = capsys.readouterr().out
+    for part in ("untrained", "precision over that of real images", "at least 0.75: "):
+        assert part in said
     for part in ("Fréchet", "precision", "copies", "bits per dimension", "seeds 0, 1"):
         assert part in said
     found = json.loads(out.read_text())
@@ -175,6 +244,10 @@ def test_the_command_draws_and_measures(tmp_path, capsys):
     assert found["bits"]["images"] == 6
     assert found["samples"]["frechet"] > found["real"]["frechet"]
     assert found["options"]["steps"] == 4
+    assert found["untrained"]["frechet"] > found["samples"]["frechet"]
+    place = found["standing"]
+    ratio = place["recall"] / place["real_recall"]
+    assert place["recall_ratio"] == pytest.approx(ratio)
 
 
 def test_the_command_measures_a_file(tmp_path, capsys):
@@ -186,6 +259,8 @@ def test_the_command_measures_a_file(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "100.00%" in said  # copies, all of them
     assert "bits" not in said
+    assert "untrained" not in said
+    assert "at most 0.03: not reached" in said
     one, two = (
         json.loads((tmp_path / f"{s}.json").read_text()) for s in ("npy", "safetensors")
     )
@@ -210,6 +285,7 @@ def test_without_the_data_set_the_rest_is_measured(tmp_path, monkeypatch, capsys
         ("", "give --weights"),
         ("--weights digits --file x.npy", "give --weights"),
         ("--weights cats", "weights must be one of"),
+        ("--file x.npy --untrained", "--untrained needs --weights"),
         ("--file no.npy", "No such file"),
         ("--file no.png", ".npy or a .safetensors"),
         ("--weights digits --n 5", "n must be an integer of at least 30"),
@@ -231,6 +307,16 @@ def test_sides_that_have_no_reference():
         evaluate.reference_name(64)
     with pytest.raises(ValueError, match="squares of side 28"):
         evaluate.as_data(torch.zeros(1, 1, 27, 27), 28, 256)
+
+
+def test_untrained_weights_are_those_that_a_training_starts_from():
+    loaded = files.load_pretrained("digits")
+    blank, schedule, card = evaluate.untrained(loaded, seed=3)
+    start = UNet(UNET_CONFIGS["digits"], stream(3, "weights", 0))
+    assert (schedule, card) == loaded[1:]
+    assert not blank.training
+    for a, b in zip(blank.parameters(), start.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_padded_network_gets_no_bits(digits):

@@ -226,6 +226,50 @@ def test_a_model_goes_round(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_model_goes_round_in_half_the_bytes(tmp_path):
+    model = net().to(memory_format=torch.channels_last)
+    paths = [tmp_path / f"{bits}.safetensors" for bits in (32, 16)]
+    files.save_model(paths[0], model, CARD)
+    card = files.save_model(paths[1], model, CARD, torch.float16)
+    assert card["dtype"] == "float16"
+    assert paths[1].stat().st_size < 0.52 * paths[0].stat().st_size
+    (stored,) = files.load_tensors(paths[1])[0].values()
+    assert stored.dtype == torch.float16
+    assert stored.numel() == card["parameters"]
+    other, _, read = files.load_model(paths[1])
+    assert read == card
+    for (name, a), b in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        assert b.dtype == torch.float32
+        assert torch.equal(b, a.half().float()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_packed_tensors_come_back_in_their_shapes(tmp_path, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"b": (2, 3, 1), "a": (), "ä": (0,), "c.d": (4,)}
+    tensors = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    tensors["turned"] = tensors["b"].transpose(0, 1)
+    files.save_tensors(tmp_path / "x", *files.pack(tensors, dtype))
+    found = files.unpack(*files.load_tensors(tmp_path / "x"))
+    assert [*found] == [*tensors]
+    for name, x in tensors.items():
+        assert torch.equal(found[name], x.to(dtype)), name
+    assert files.unpack(tensors, {}) == tensors
+
+
+def test_what_cannot_be_packed_or_unpacked():
+    with pytest.raises(ValueError, match=r"tensors\['x'\] as torch.float16"):
+        files.pack({"x": torch.tensor([1.0, 7e4])}, torch.float16)
+    with pytest.raises(TypeError, match=r"tensors\['n'\]"):
+        files.pack({"n": torch.tensor([1])}, torch.float16)
+    names = files.pack({"x": torch.ones(3)}, torch.float16)[1]
+    for tensors in ({}, {"packed": torch.ones(2)}, {"packed": torch.ones(3, 1)}):
+        with pytest.raises(ValueError, match=r"'packed' must be of shape \(3,\)"):
+            files.unpack(tensors, names)
+
+
 def test_a_card_of_other_weights_is_refused(tmp_path):
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     files.save_model(first, net(1), CARD)
@@ -247,14 +291,35 @@ def test_bad_model_arguments_are_refused(tmp_path):
 @pytest.mark.parametrize("name", files.pretrained())
 def test_shipped_weights_are_whole_small_and_described(name):
     model, schedule, card = files.load_pretrained(name)
-    folder = Path(files.__file__).parent / "weights"
-    assert (folder / f"{name}.safetensors").stat().st_size <= 6_000_000
-    for key in ("data", "training", "schedule", "prediction", "figures", "licence"):
+    path = Path(files.__file__).parent / "weights" / f"{name}.safetensors"
+    assert path.stat().st_size <= 8_000_000
+    assert sum(p.numel() for p in model.parameters()) == card["parameters"] <= 4e6
+    for key in ("data", "command", "steps", "seed", "training", "figures", "licence"):
         assert key in card, key
+    for key in ("schedule", "prediction", "unet", "sha256"):
+        assert key in card, key
+    assert card["command"].startswith("python -m ddpm_core.train OUT --data ")
+    assert card["training"]["steps_done"] == card["steps"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     side = model.config.image_size
     x = torch.zeros(2, model.config.in_channels, side, side)
     assert torch.isfinite(model(x, torch.tensor([1, schedule.T]))).all()
+
+
+@pytest.mark.parametrize("name", files.pretrained())
+def test_the_cards_of_shipped_weights_hold_what_was_measured(name):
+    card = files.load_pretrained(name)[2]
+    found = card["figures"]["evaluation"]
+    assert found["command"].startswith(f"python -m ddpm_core.evaluate --weights {name}")
+    assert "seeds 0, 1, 2" in found["protocol"]
+    distances = found["frechet"]
+    assert distances["real"] < distances["samples"] < 0.2 * distances["untrained"]
+    for what in ("precision", "recall"):
+        of = found[what]
+        assert of["ratio"] == pytest.approx(of["samples"] / of["real"], rel=2e-3)
+        assert of["ratio"] >= of["at least"] == 0.75
+    assert found["copies"]["share"] <= found["copies"]["at most"] == 0.03
+    assert found["bits"]["images"] >= 256
 
 
 def test_nothing_of_ours_reads_or_writes_pickles():

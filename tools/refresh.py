@@ -56,7 +56,7 @@ def modules_behind(sources: list[str]) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """What the outputs depend on: code, modules, equations and weights."""
+    """What the outputs depend on: code, modules, equations, weights and their cards."""
     cells = book.code(path)
     sources = [ADDRESS_LINE.sub('repository = ""', c.source) for c in cells]
     python = [re.sub(r"^(\s*)[%!].*$", r"\1pass", s, flags=re.M) for s in sources]
@@ -71,6 +71,7 @@ def digest(path: Path) -> str:
     parts += [f"{label}={tex}".encode() for label, tex in equations]
     shown = sorted(set(re.findall(r'read_result\(\s*"([\w-]+)"', together)))
     stored = [results.FOLDER / f"{name}.json" for name in shown]
+    stored += [PACKAGE / "weights" / f"{name}.json" for name in sorted(weights)]
     return results.digest([*parts, *(p.read_bytes() for p in stored if p.exists())])
 
 

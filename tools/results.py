@@ -29,10 +29,14 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def bytes_behind(modules: Iterable[str], weights: Iterable[str]) -> list[bytes]:
-    """The files of the modules and of the weights."""
+    """The files of the modules and of the weights; not their cards.
+
+    A card holds what was measured later. What a computation takes from it, network,
+    schedule and prediction, stands in the weights' file, too.
+    """
     paths = [PACKAGE / f"{name}.py" for name in sorted(modules)]
-    for name in sorted(weights):
-        paths += sorted((PACKAGE / "weights").glob(f"{name}.*"))
+    weighed = [PACKAGE / "weights" / f"{n}.safetensors" for n in sorted(weights)]
+    paths += [path for path in weighed if path.exists()]
     return [path.read_bytes() for path in paths]
 
 
