@@ -3,19 +3,22 @@
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import huggingface_hub
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import torchmetrics.image.fid
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm_core import data, losses, samplers
+from ddpm_core.interchange import save_diffusers
 from ddpm_core.process import PREDICTIONS, VARIANCES
-from ddpm_core.schedules import cosine
+from ddpm_core.schedules import cosine, linear
 from ddpm_core.unet import UNET_CONFIGS, UNet, UNetConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -240,3 +243,79 @@ def test_cuda_branch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(source, cell.id, "exec"), space)
     assert space["name"] == "fashion32"
     assert space["samples"].shape == (40, 1, 32, 32)
+
+
+# The cells for published weights are switched off in the book. Here they run, short, with
+# a tiny folder, a few noise images and a distance that only counts.
+PUBLISHED = {
+    "published = False": "published = True",
+    'device = "cuda"': 'device = "cpu"',
+    "count = 50_000": "count = 6",
+    "250": "3",
+    " 16, device": " 2, device",
+}
+
+
+class Counted:
+    """A distance that notes how many images it is shown, and what they are like."""
+
+    shown: ClassVar[dict[bool, list[Tensor]]] = {}
+
+    def __init__(self, feature: int) -> None:
+        assert feature == 2048
+        Counted.shown = {True: [], False: []}
+
+    def to(self, device: str) -> "Counted":
+        assert device == "cpu"
+        return self
+
+    def update(self, images: Tensor, real: bool) -> None:
+        assert (images.dtype, images.shape[1:]) == (torch.uint8, (3, 4, 4))
+        self.shown[real].append(images)
+
+    def compute(self) -> Tensor:
+        return torch.tensor(3.17)
+
+
+def test_cells_for_published_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They load, draw and measure to the end; every batch of samples is another one."""
+    config = UNetConfig(4, 3, 3, 4, (1, 2), 1, (2,), groups=2)
+    save_diffusers(tmp_path / "net", UNet(config), linear(25))
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "google/ddpm-cifar10-32"
+        assert allow_patterns == ["*.json", "*.safetensors"]
+        return str(tmp_path / "net")
+
+    def few(split: str) -> data.Images:
+        assert split == "train"
+        return data.Images(torch.rand(7, 3, 4, 4) * 2 - 1, torch.arange(7))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    fid = torchmetrics.image.fid
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", Counted)
+    monkeypatch.setattr(data, "cifar10", few)
+    monkeypatch.setattr(plt, "show", plt.close)
+    cells = book.code(ROOT / "book" / "scale" / "many_gpus.ipynb")
+    switched = [c for c in cells if c.id.startswith("many-gpus-published")]
+    assert len(switched) == 3
+    text = "\n".join(c.source for c in switched)
+    for old in PUBLISHED:
+        assert old in text, f"{old!r} no longer stands in the chapter"
+    space: dict[str, Any] = {"__name__": "__main__"}
+    for cell in [c for c in cells if c.id == "many-gpus-imports"] + switched:
+        source = plain(cell)
+        if cell in switched:
+            for old, new in PUBLISHED.items():
+                source = source.replace(old, new)
+        exec(compile(source, cell.id, "exec"), space)
+    said = capsys.readouterr().out
+    assert "'prediction': 'eps', 'variance': 'fixed_large', 'clip': True" in said
+    assert "distance to the training set, 6 images: 3.17" in said
+    assert space["sixteen"].shape == (2, 3, 4, 4)
+    shown = Counted.shown
+    assert [len(torch.cat(shown[real])) for real in (True, False)] == [7, 6]
+    first, second = shown[False]
+    assert not torch.equal(first, second)
