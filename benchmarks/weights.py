@@ -44,6 +44,9 @@ import results
 FOLDER = results.PACKAGE / "weights"
 BEHIND = ("features", "metrics", "process", "samplers", "schedules", "unet")
 POINTS, SHOWN = 100, 10  # of the loss; samples beside their nearest training images
+# How quality.py draws from the peers: what it stores of it, and the same as options.
+PEERS = {"name": "DPM-Solver++(2M)", "steps": 20, "clip": True}
+AS_PEERS = "--n 2048 --sampler dpm-solver-2m --steps 20"
 Loaded = tuple[UNet, Schedule, dict[str, Any]]
 
 
@@ -71,8 +74,7 @@ PLANS = {
         "Fashion-MNIST, 60,000 training images of 28x28 (MIT licence, (c) 2017 Zalando "
         "SE)",
         "MIT for the weights; data MIT, (c) 2017 Zalando SE",
-        # as benchmarks/quality.py draws from the peers
-        "--n 2048 --sampler dpm-solver-2m --steps 20 --seeds 3 --untrained",
+        "--n 2048 --steps 50 --seeds 3 --untrained",
         stored=True,
     ),
 }
@@ -154,11 +156,24 @@ def short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def asked(name: str, words: str) -> argparse.Namespace:
+    """The options of ddpm_core.evaluate, as its command would take them."""
+    given = ["--weights", name, *words.split()]
+    options = evaluate.settled(evaluate.parser().parse_args(given))
+    evaluate.check_options(options)
+    return options
+
+
+def drawn_as_peers(loaded: Loaded, reference: Reference) -> float:
+    """The Fréchet distance of samples that are drawn as those of the peers are."""
+    options = asked(reference.name, AS_PEERS)
+    (samples,) = evaluate.sampled(loaded, options, Processes())
+    return evaluate.quality(samples, reference, options.seed).frechet
+
+
 def measure(loaded: Loaded, name: str) -> tuple[dict[str, Any], Tensor]:
     """All that ddpm_core.evaluate measures, and the samples of the first seed."""
-    words = ["--weights", name, *PLANS[name].measure.split()]
-    options = evaluate.settled(evaluate.parser().parse_args(words))
-    evaluate.check_options(options)
+    options = asked(name, PLANS[name].measure)
     sets = evaluate.sampled(loaded, options, Processes())
     once = argparse.Namespace(**{**vars(options), "seeds": 1})
     blank = evaluate.sampled(
@@ -196,13 +211,18 @@ def figures(found: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def better_peer() -> dict[str, Any] | None:
-    """The better peer of benchmarks/quality.py and its distance; None if not measured."""
+    """The better peer of benchmarks/quality.py and its distance; None if not measured.
+
+    Raises ValueError if the peers were drawn in another way than `AS_PEERS`.
+    """
     path = results.FOLDER / "quality.json"
     if not path.exists():
         return None
     stored = json.loads(path.read_text(encoding="utf-8"))
     if not stored["verdict"]:
         return None
+    if stored["sampler"] != PEERS:
+        raise ValueError(f"the peers were drawn with {stored['sampler']}, not {PEERS}")
     name = stored["verdict"]["better_peer"]
     distance = statistics.fmean(stored["rows"][name]["distances"])
     return {"name": name, "frechet": short(distance)}
@@ -277,6 +297,7 @@ def ship(name: str, run: Path | None, commit: str) -> None:
             "measured": short(found),
             "neighbours": neighbours(samples, reference),
             "pixels of training images": pixels(name),
+            "drawn as the peers": short(drawn_as_peers(loaded, reference)),
             "peer": None,
         }
         results.write(name, record, start, modules=BEHIND, weights=[name])
@@ -288,16 +309,14 @@ def note_peer(name: str) -> None:
     peer, result = better_peer(), results.FOLDER / f"{name}.json"
     if peer is None or not PLANS[name].stored:
         return
-    for path in (FOLDER / f"{name}.json", result):
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if path == result:
-            kept["peer"] = peer
-        else:
-            kept["figures"]["evaluation"]["frechet"]["better peer"] = peer["frechet"]
-            kept["figures"]["evaluation"]["better peer"] = peer["name"]
-        text = json.dumps(kept, indent=1, ensure_ascii=path == result) + "\n"
-        write_atomically(path, text.encode())
-    print(f"the better peer, {peer['name']}: Fréchet distance {peer['frechet']}")
+    kept = json.loads(result.read_text(encoding="utf-8"))
+    kept["peer"] = peer
+    write_atomically(result, (json.dumps(kept, indent=1) + "\n").encode())
+    card = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    beside = {"drawn as the peer": kept["drawn as the peers"], **peer}
+    card["figures"]["evaluation"]["better peer"] = beside
+    write_card(FOLDER / f"{name}.json", card)
+    print(f"better peer: {beside}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ import weights
 
 OPTIONS = ["--T", "40", "--batch-size", "4", "--steps", "7", "--lr", "3e-3", "--flip"]
 OPTIONS += ["--seed", "5", "--warmup", "2", "--decay", "linear", "--ema-decay", "0.5"]
+PEERS = "--n 40 --sampler dpm-solver-2m --steps 2"
 MEASURE = "--n 40 --steps 3 --bits 4 --strata 2 --seeds 2 --untrained"
 
 
@@ -40,6 +41,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(weights, "FOLDER", package / "weights")
     plan = weights.PLANS["digits"]._replace(measure=MEASURE, stored=True)
     monkeypatch.setitem(weights.PLANS, "digits", plan)
+    monkeypatch.setattr(weights, "AS_PEERS", PEERS)
     script = tmp_path / "benchmarks" / "weights.py"
     monkeypatch.setattr(sys, "argv", [str(script), "digits"])
     return tmp_path
@@ -82,6 +84,7 @@ def test_a_run_is_shipped_and_measured_again(
     assert result["run"]["step"] == [*range(1, 8)]
     assert result["measured"]["samples"]["frechet"] == found["frechet"]["samples"]
     assert result["peer"] is None
+    assert result["drawn as the peers"] > 0
     assert weights.results.old() == []
 
     weights.main(["digits"])
@@ -138,7 +141,8 @@ def test_the_loss_is_thinned(tmp_path: Path) -> None:
 def test_the_better_peer_is_put_beside(elsewhere: Path) -> None:
     folder = elsewhere / "results"
     folder.mkdir()
-    (folder / "digits.json").write_text(json.dumps({"peer": None, "rows": ["ä"]}))
+    known = {"peer": None, "drawn as the peers": 1.5, "rows": ["ä"]}
+    (folder / "digits.json").write_text(json.dumps(known))
     before = (folder / "digits.json").read_bytes()
     weights.main(["digits", "--peer"])  # nothing was measured
     quality = folder / "quality.json"
@@ -146,13 +150,18 @@ def test_the_better_peer_is_put_beside(elsewhere: Path) -> None:
     quality.write_text(json.dumps({"rows": rows, "verdict": None}))
     weights.main(["digits", "--peer"])  # not to the end
     assert (folder / "digits.json").read_bytes() == before
-    quality.write_text(json.dumps({"rows": rows, "verdict": {"better_peer": "a"}}))
+    stored = {"rows": rows, "verdict": {"better_peer": "a"}, "sampler": weights.PEERS}
+    quality.write_text(json.dumps(stored))
     weights.main(["digits", "--peer"])
     _, card, result = shipped(elsewhere)
     assert result["peer"] == {"name": "a", "frechet": 2.5}
     assert result["rows"] == ["ä"]
-    assert card["figures"]["evaluation"]["frechet"]["better peer"] == 2.5
-    assert card["figures"]["evaluation"]["better peer"] == "a"
+    beside = {"drawn as the peer": 1.5, "name": "a", "frechet": 2.5}
+    assert card["figures"]["evaluation"]["better peer"] == beside
+    stored["sampler"] = {**weights.PEERS, "steps": 50}
+    quality.write_text(json.dumps(stored))
+    with pytest.raises(SystemExit, match="the peers were drawn with"):
+        weights.main(["digits", "--peer"])
 
 
 @pytest.mark.parametrize(
