@@ -70,18 +70,28 @@ def shares(library: str, config: str, precision: str) -> dict[str, float]:
 
 
 def passes(layer: Callable[..., Tensor], *inside: Tensor) -> dict[str, float]:
-    """Seconds of the forward pass, and of both passes: medians."""
-    push = torch.randn_like(layer(*inside))
+    """Seconds of the forward pass without a gradient, and of both passes: medians."""
+    push, fixed = torch.randn_like(layer(*inside)), [x.detach() for x in inside]
+    own = layer.parameters() if isinstance(layer, nn.Module) else ()
+    leaves = [*inside, *own]
 
     def forward() -> None:
         with torch.no_grad():
-            layer(*inside)
+            layer(*fixed)
 
     def both() -> None:
+        for leaf in leaves:  # a gradient that is there already would be added to
+            leaf.grad = None
         layer(*inside).backward(push)
 
     taken = {"forward": seconds(forward, 11), "train": seconds(both, 11)}
     return {name: statistics.median(of[2:]) for name, of in taken.items()}
+
+
+def whole_step(config: str, precision: str) -> float:
+    """Seconds of a training step of the whole network, optimiser included."""
+    model, x, t = as_trained(config)
+    return statistics.median(seconds(training_step(model, x, t, precision), 7)[2:])
 
 
 def convolutions(config: str, precision: str) -> dict[str, float]:
@@ -177,6 +187,7 @@ def main() -> None:
     start, cases = time.perf_counter(), list(itertools.product(CONFIGS, o.precisions))
     found = {
         "profile": {f"{c} {p}": shares("ddpm_core", c, p) for c, p in cases},
+        "step": {f"{c} {p}": whole_step(c, p) for c, p in cases},
         "convolutions": {f"{c} {p}": convolutions(c, p) for c, p in cases},
         "parts": parts(tuple(o.precisions)),
     }
