@@ -15,7 +15,7 @@ from chapters import ROOT
     [
         ("ddpm/posterior", {"test_posterior"}),
         ("ddpm/bound", {"test_bound"}),
-        ("ddpm/sampling", {"test_samplers"}),
+        ("ddpm/sampling", {"test_samplers", "test_devices"}),
         ("ddpm/reverse", set()),  # exports nothing
         ("workshop/interchange", {"test_interchange"}),
         ("workshop/command_line", {"test_train"}),
